@@ -364,9 +364,12 @@ class UninextImageEncoder(nn.Module):
         channels = list(self.backbone.channels)
         self.pyramid = UninextPyramid(channels[0]) if len(channels) == 1 else None
         self.channels = channels if self.pyramid is None else self.pyramid.channels
-        self._freeze(frozen_stages)
+        self.frozen_stages = frozen_stages
+        self.freeze()
 
-    def _freeze(self, stages: int) -> None:
+    def freeze(self) -> None:
+        """Switch the gradient of the frozen stages off."""
+        stages = self.frozen_stages
         if not stages:
             return
         stem = getattr(self.backbone, "embedder", None) or getattr(self.backbone, "embeddings", None)
@@ -787,6 +790,16 @@ class UninextPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["UninextImageEncoder", "UninextEncoderLayer", "UninextDecoderLayer", "UninextEarlyFusion"]
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, which forgets which parameters were frozen."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        for module in model.modules():
+            if isinstance(module, UninextImageEncoder):
+                module.freeze()
+        return result
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -11,7 +11,6 @@ import uninext_hf.prompt_uninext
 from uninext_hf.prompt_uninext import Prompt
 from uninext_hf.task_uninext import PromptKind
 
-
 HEIGHT, WIDTH = 30, 40
 PICTURE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
 MASK = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -123,8 +122,14 @@ ILLEGAL = {
     "no image": (lambda: Prompt.template(None, box=(0, 0, 1, 1)), '"image" must be the reference picture'),
     "image blank": (lambda: Prompt.template(" ", box=(0, 0, 1, 1)), '"image" must be a picture'),
     "image float": (lambda: Prompt.template(PICTURE / 255.0, box=(0, 0, 1, 1)), '"image" must be uint8'),
-    "image channels first": (lambda: Prompt.template(PICTURE.transpose(2, 0, 1), box=(0, 0, 1, 1)), r'"image" .*\(H, W'),
-    "tensor channels last": (lambda: Prompt.template(torch.from_numpy(PICTURE), box=(0, 0, 1, 1)), r'"image" .*\(3, H'),
+    "image channels first": (
+        lambda: Prompt.template(PICTURE.transpose(2, 0, 1), box=(0, 0, 1, 1)),
+        r'"image" .*\(H, W',
+    ),
+    "tensor channels last": (
+        lambda: Prompt.template(torch.from_numpy(PICTURE), box=(0, 0, 1, 1)),
+        r'"image" .*\(3, H',
+    ),
     "neither": (lambda: Prompt.template(PICTURE), 'Exactly one of "box" and "mask" .* neither'),
     "both": (lambda: Prompt.template(PICTURE, box=(0, 0, 1, 1), mask=MASK), 'Exactly one of "box" and "mask" .* both'),
     "box of three": (lambda: Prompt.template(PICTURE, box=(0, 0, 1)), '"box" must be four numbers'),

@@ -5,7 +5,6 @@ import pytest
 
 from uninext_hf.task_uninext import TASKS, OutputKind, PromptKind, Task, TimeKind, get_task, infer_task
 
-
 # The table of the architecture, written a second time on purpose.
 EXPECTED = {
     "detection": ("categories", "box", "still"),

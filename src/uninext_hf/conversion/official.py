@@ -257,7 +257,9 @@ def infer_config(state: Mapping[str, Tensor]) -> UninextConfig:
     try:
         return UninextConfig(**fields)
     except ValueError as error:
-        raise ConversionError(f"The sizes of this checkpoint fit no UNINEXT model: {error}") from error
+        # The library wraps our sentence in lines of its own.
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConversionError(f"The sizes of this checkpoint fit no UNINEXT model: {reason}") from error
 
 
 def _infer_backbone(shapes: _Shapes, prefix: str) -> dict:

@@ -52,6 +52,19 @@ class Reference:
         """Our model with the weights of a reduced manifest; shared, so never change it."""
         return load_official(cls.weights(manifest))
 
+    @classmethod
+    def batch(cls, case) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pictures of a case padded to one batch, and its pixel mask."""
+        names = sorted(name for name in case.tensors if name.startswith("input.image."))
+        pictures = [cls.pixels(case.tensors[name])[0] for name in names]
+        height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+        pixels = torch.zeros(len(pictures), 3, height, width)
+        mask = torch.zeros(len(pictures), height, width, dtype=torch.int64)
+        for row, picture in enumerate(pictures):
+            pixels[row, :, : picture.shape[1], : picture.shape[2]] = picture
+            mask[row, : picture.shape[1], : picture.shape[2]] = 1
+        return pixels, mask
+
     @staticmethod
     def pixels(image: torch.Tensor) -> torch.Tensor:
         """(3, H, W) uint8 -> (1, 3, H, W) normalised, as the official code does it."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -256,7 +257,7 @@ def infer_config(state: Mapping[str, Tensor]) -> UninextConfig:
     }
     try:
         return UninextConfig(**fields)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         # The library wraps our sentence in lines of its own.
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConversionError(f"The sizes of this checkpoint fit no UNINEXT model: {reason}") from error

@@ -1,0 +1,136 @@
+"""What is compared for each recorded case, as one function per kind of case.
+
+Used by the tests, and by `python -m tests.parity.report`, which writes the table of differences.
+"""
+
+import torch
+
+from .checks import agree, check_network, check_picture
+
+VIDEO, IMAGE = "tiny_video_r50", "tiny_image_r50"
+
+
+def text_rows(reference, name: str, rows: int = 1) -> dict[str, torch.Tensor]:
+    return {key: value.expand(rows, -1) for key, value in reference.text(name).items()}
+
+
+def prefixed(prefix: str, found: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in found.items()}
+
+
+@torch.no_grad()
+def detection(reference, name: str) -> dict[str, float]:
+    """A reduced video model on one picture, everything named in the reference's README."""
+    case = reference.case(name)
+    model = reference.tiny(case.meta["manifest"])
+    pixels = reference.pixels(case.tensors["input.image"])
+    prompt = model.get_prompt_features(**reference.text("coco"))
+    found = {"text.hidden": agree(case, "text.hidden", prompt.hidden)}
+    found |= check_picture(case, "", model, pixels)
+    return found | check_network(case, "", model, model.get_image_features(pixels), prompt)
+
+
+@torch.no_grad()
+def padded_batch(reference, name: str) -> dict[str, float]:
+    """Unequal pictures in one batch equal the official padded batch (not the single pictures)."""
+    case = reference.case(name)
+    model = reference.tiny(case.meta["manifest"])
+    pixels, mask = reference.batch(case)
+    prompt = model.get_prompt_features(**text_rows(reference, "coco", len(pixels)))
+    return check_network(case, "", model, model.get_image_features(pixels, mask), prompt)
+
+
+@torch.no_grad()
+def expression(reference, name: str, index: int, model=None, **options) -> dict[str, float]:
+    """One referring expression; the recorded score of every query included."""
+    case = reference.case(name)
+    model = model or reference.tiny(case.meta["manifest"])
+    pixels = reference.pixels(case.tensors["input.image"])
+    prompt = model.get_prompt_features(**reference.text(f"expression.{index}"), pool_prompt=torch.tensor([True]))
+    found = {"text.hidden": agree(case, f"{index}.text.hidden", prompt.hidden)}
+    if f"{index}.memory.slice" in case.tensors:
+        found |= check_picture(case, f"{index}.", model, pixels)
+    image = model.get_image_features(pixels)
+    found |= check_network(case, f"{index}.", model, image, prompt, **options)
+    if not options:
+        outputs = model(image_features=image, prompt_features=prompt)
+        scores = (outputs.logits[0, :, 0].sigmoid() * outputs.pred_ious[0].sigmoid()).sqrt()
+        found["scores_all"] = agree(case, f"{index}.scores_all", scores, atol=1e-5)
+        assert (outputs.logits[..., 1:] == -50000).all()
+    return prefixed(f"{index}.", found)
+
+
+@torch.no_grad()
+def template(reference, name: str) -> dict[str, float]:
+    """Crop -> 4-channel backbone -> prompt features -> all frames searched with them."""
+    case, model = reference.case(name), reference.tiny(VIDEO)
+    crop = reference.template(case)
+    encoder = model.model.template_encoder
+    maps = encoder.image_encoder(crop["template_values"])
+    found = {f"ref_backbone.res{stage}": agree(case, f"ref_backbone.res{stage}", maps[stage - 3]) for stage in (3, 4, 5)}
+    fused = encoder.fuse(model.model.input_projections(maps))
+    found["prompt.0.fused_map"] = agree(case, "prompt.0.fused_map", fused)
+    prompt = model.get_prompt_features(**crop)
+    found["prompt.0.hidden"] = agree(case, "prompt.0.hidden", prompt.hidden)
+    assert torch.equal(prompt.valid, case.tensors["prompt.0.mask"].bool())
+    assert prompt.attend.all()
+    assert prompt.pool.all()
+    for frame in (1, 2, 3):
+        prefix = f"frame.{frame}."
+        pixels = reference.pixels(case.tensors["input.frames"][frame])
+        image = model.get_image_features(pixels)
+        if f"{prefix}memory.slice" in case.tensors:
+            found |= prefixed(prefix, check_picture(case, prefix, model, pixels))
+            found |= prefixed(prefix, check_network(case, prefix, model, image, prompt, outputs=False))
+        outputs = model(image_features=image, prompt_features=prompt, output_masks=True)
+        scores = (outputs.logits[0, :, 0].sigmoid() * outputs.pred_ious[0].sigmoid()).sqrt()
+        best = int(scores.argmax())
+        assert best == int(case.tensors[f"{prefix}best_index"])
+        found |= {
+            f"{prefix}scores_all": agree(case, f"{prefix}scores_all", scores, atol=1e-5),
+            f"{prefix}boxes_all": agree(case, f"{prefix}boxes_all", outputs.pred_boxes[0]),
+            f"{prefix}best_mask_lowres": agree(case, f"{prefix}best_mask_lowres", outputs.pred_masks[0, best]),
+        }
+    return found
+
+
+def common_share(chosen: torch.Tensor, recorded: torch.Tensor) -> float:
+    return len(set(chosen.flatten().tolist()) & set(recorded.flatten().tolist())) / recorded.numel()
+
+
+@torch.no_grad()
+def full_size(reference, name: str) -> dict[str, float]:
+    """A full-size model in two parts: free running up to the proposals, then with the recorded selection injected.
+
+    Neighbouring proposals are closer in score than float32 convolutions agree, so a correct implementation may swap a
+    few ranks, and with them rows of everything after (reference README, Tolerances).
+    """
+    case = reference.case(name)
+    model = reference.full(case.meta["manifest"])
+    pixels = reference.pixels(case.tensors["input.image"])
+    image = model.get_image_features(pixels)
+    found = {}
+    for prefix, text, pooled in prompts_of(case):
+        prompt = model.get_prompt_features(**reference.text(text), pool_prompt=torch.tensor([pooled]))
+        part = {"text.hidden": agree(case, f"{prefix}text.hidden", prompt.hidden)}
+        recorded = case.tensors.get(f"{prefix}twostage.topk_index")
+        if recorded is not None:
+            part |= check_picture(case, prefix, model, pixels)
+            part |= check_network(case, prefix, model, image, prompt, outputs=False, part="before")
+            chosen = model.model(image_features=image, prompt_features=prompt).proposal_indices
+            share = common_share(chosen, recorded)
+            assert share >= 0.99, share
+            part["twostage.topk_index (share not in common)"] = 1 - share
+            part |= check_network(
+                case, prefix, model, image, prompt, proposal_indices=recorded.long(), part="after"
+            )
+            part |= reference.final(case, f"{prefix}final.", model, image, prompt, text, recorded.long())
+        found |= prefixed(prefix, part)
+    return found
+
+
+def prompts_of(case) -> list[tuple[str, str, bool]]:
+    """(prefix of the names, recorded prompt, pooled) of each prompt in a case."""
+    if case.meta["task"] == "grounding":
+        return [(f"{index}.", f"expression.{index}", True) for index in range(len(case.meta["expressions"]))]
+    return [("", "coco", False)]

@@ -43,7 +43,7 @@ def deformable_attention_grid_sample(
         image = parts[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
         grid = grids[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
         samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(compute).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    weights = attention_weights.to(compute).transpose(1, 2).flatten(3).flatten(0, 1)[:, None]
     output = (torch.cat(samples, dim=-1) * weights).sum(-1)
     return output.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 

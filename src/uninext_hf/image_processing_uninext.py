@@ -122,6 +122,33 @@ def _from_array(image: np.ndarray | Tensor, name: str, input_data_format: str | 
     return pixels.expand(3, -1, -1).to(torch.uint8).clone(memory_format=torch.contiguous_format)
 
 
+def load_pictures(
+    images: Picture | os.PathLike | Sequence[Picture | os.PathLike] | Tensor, input_data_format: str | None = None
+) -> list[Tensor]:
+    """One picture or several as 8-bit RGB.
+
+    Args:
+        images: one picture (see `load_picture`), a list of them, or an array or tensor (B, ...) of equal ones.
+        input_data_format: see `load_picture`.
+
+    Returns:
+        One tensor (3, H, W) uint8 for each.
+
+    Raises:
+        ValueError: there is none, or one cannot be used; the message says which one.
+    """
+    return [load_picture(picture, name, input_data_format) for name, picture in _named_pictures(images)]
+
+
+def _named_pictures(images: object) -> list[tuple[str, Picture]]:
+    """Pictures with the names that error messages use: "images" or "images[0]", "images[1]", ..."""
+    if not isinstance(images, list | tuple) and getattr(images, "ndim", 3) != 4:
+        return [("images", images)]
+    if len(images) == 0:
+        raise ValueError('"images" must hold at least one picture, got none.')
+    return [(f"images[{index}]", picture) for index, picture in enumerate(images)]
+
+
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int | None = None) -> tuple[int, int]:
     """Size of the network input for a picture.
 
@@ -286,15 +313,7 @@ class UninextImageProcessor(TorchvisionBackend):
         return picture if device is None else picture.to(device)
 
     def _prepare_image_like_inputs(self, images, *args, expected_ndims: int = 3, **kwargs) -> list[Tensor]:
-        is_several = isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4
-        pictures = list(images) if is_several else [images]
-        if not pictures:
-            raise ValueError('"images" must hold at least one picture, got none.')
-        names = [f"images[{index}]" if is_several else "images" for index in range(len(pictures))]
-        return [
-            self.process_image(picture, *args, name=name, **kwargs)
-            for picture, name in zip(pictures, names, strict=True)
-        ]
+        return [self.process_image(picture, name=name, **kwargs) for name, picture in _named_pictures(images)]
 
     def resize(
         self,
@@ -331,7 +350,7 @@ class UninextImageProcessor(TorchvisionBackend):
         **kwargs,
     ) -> BatchFeature:
         if do_center_crop:
-            raise ValueError('"do_center_crop" must be left out: boxes refer to the whole picture. Crop it beforehand.')
+            raise ValueError('"do_center_crop" must be left out: boxes refer to the whole picture. Crop it before.')
         groups, order = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, batch in groups.items():
             if do_resize:
@@ -510,7 +529,7 @@ def finite_field(outputs: Mapping[str, Tensor], name: str) -> Tensor:
     Raises:
         ValueError: it is missing, or holds NaN or infinite values.
     """
-    value = outputs[name] if name in outputs else None
+    value = outputs.get(name)
     if value is None:
         raise ValueError(f'"outputs" must hold "{name}", got {", ".join(outputs) or "nothing"}.')
     value = value.detach().float()
@@ -675,6 +694,7 @@ __all__ = [
     "label_logits",
     "label_scores",
     "load_picture",
+    "load_pictures",
     "resized_size",
     "select_instances",
 ]

@@ -64,6 +64,9 @@ def dynamic_mask_logits(
     xs = torch.arange(width, device=features.device, dtype=torch.float32) * stride + stride // 2
     # The first convolution of (origin - location) is linear in the location, so locations join the features as two
     # rows with negative weights and origins move into the bias: one GEMM instead of N concatenated inputs.
+    # Both are taken from the middle of the picture, which halves the numbers that cancel.
+    middle = torch.stack([xs[-1:], ys[-1:]], dim=-1) / 2
+    xs, ys, origins = xs - middle[0, 0], ys - middle[0, 1], origins - middle
     grid = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)])
     inputs = torch.cat([features, grid]).flatten(1)
 

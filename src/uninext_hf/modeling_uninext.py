@@ -407,7 +407,8 @@ class UninextLevelProjections(nn.ModuleList):
                 f'"num_feature_levels" must be at least the number of backbone maps, '
                 f"got {config.num_feature_levels} for {len(channels)} maps."
             )
-        width, groups = config.d_model, math.gcd(32, config.d_model)
+        # 32 groups as official; at least two channels in each, or a 1x1 map could not be normalised.
+        width, groups = config.d_model, math.gcd(32, config.d_model // 2)
         layers = []
         for level in range(config.num_feature_levels):
             if level < len(channels):
@@ -509,8 +510,8 @@ class UninextEarlyFusion(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _maps(self, scores: Tensor, attend: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (..., S, L) -> attention over prompt tokens, and over picture positions; statistics in float32."""
-        scores = scores.float().clamp(-LOGIT_BOUND, LOGIT_BOUND)
+        """Scores (..., S, L) -> attention over prompt tokens, and over picture positions; never in half precision."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).clamp(-LOGIT_BOUND, LOGIT_BOUND)
         hidden = torch.finfo(torch.float32).min
         return scores.masked_fill(~attend, hidden).softmax(-1), scores.softmax(-2)
 

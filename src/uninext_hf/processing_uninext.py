@@ -89,14 +89,16 @@ class PromptRow:
         picture: index into the caller's pictures.
         kind: of the prompt.
         phrases: all texts of the prompt, as the caller wrote them.
+        input_ids: its tokens without padding.
         labels: K indices into `phrases`, the names that this row looks for.
-        label_map: (K, L) bool on the CPU, which tokens belong to which of these names.
+        label_map: (K, L) bool on the CPU, which tokens of the padded row belong to which of these names.
     """
 
     prompt: int
     picture: int
     kind: PromptKind
     phrases: tuple[str, ...]
+    input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     label_map: Tensor
 
@@ -261,8 +263,8 @@ class UninextProcessor(ProcessorMixin):
         if prompts is not None:
             prompts = as_prompts(prompts)
             pairs = _pair(len(prompts), len(pictures) if images is not None else None, image_index)
-            rows = self._rows(prompts, pairs)
-            data |= self._text_tensors(prompts, rows, pad_to)
+            rows = self._rows(prompts, pairs, pad_to)
+            data |= self._text_tensors(rows)
             data |= self._template_tensors(prompts, rows, kwargs)
             data["pool_prompt"] = torch.tensor([row.kind.single_target for row in rows])
             index = [row.picture for row in rows]
@@ -336,7 +338,7 @@ class UninextProcessor(ProcessorMixin):
             for label, tokens in zip(chunk.labels, chunk.label_map, strict=True):
                 if not tokens.any():
                     raise ValueError(
-                        f'"names" must have at least one token each, got none for {names[label]!r} at position {label}.'
+                        f'"names" must have a token each, got none for {names[label]!r} at position {label}.'
                     )
         return tuple(chunks)
 
@@ -372,30 +374,421 @@ class UninextProcessor(ProcessorMixin):
             )
         return TextChunk(tuple(tokens), (0,), torch.arange(count)[None] == 0)
 
-    def _rows(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[int, int]]) -> list[PromptRow]:
-        return [
-            PromptRow(index, picture, prompts[index].kind, prompts[index].phrases, chunk.labels, chunk.label_map)
+    def _rows(
+        self, prompts: Sequence[Prompt], pairs: Sequence[tuple[int, int]], pad_to: int | None = None
+    ) -> list[PromptRow]:
+        """The prompt rows of (prompt, picture) pairs, in their order, with label maps of the padded length."""
+        found = [
+            (index, picture, chunk)
             for index, picture in pairs
             for chunk in self.encode_text(prompts[index].kind, prompts[index].phrases)
         ]
+        longest = length = max(len(chunk.input_ids) for _, _, chunk in found)
+        if pad_to is not None and any(prompt.kind != PromptKind.TEMPLATE for prompt in prompts):
+            if pad_to < longest:
+                raise ValueError(
+                    f'"pad_to" must be at least the {longest} tokens of the longest prompt, got {pad_to}.'
+                )
+            length = pad_to
+        rows = []
+        for index, picture, (tokens, labels, label_map) in found:
+            label_map = F.pad(label_map, (0, length - len(tokens)))
+            rows.append(
+                PromptRow(index, picture, prompts[index].kind, prompts[index].phrases, tokens, labels, label_map)
+            )
+        return rows
 
-    def _text_tensors(self, prompts: list[Prompt], rows: list[PromptRow], pad_to: int | None) -> dict[str, Tensor]:
-        """Token tensors, and label maps brought to their length (in place, in `rows`)."""
-        if all(prompt.kind == PromptKind.TEMPLATE for prompt in prompts):
+    def _text_tensors(self, rows: Sequence[PromptRow]) -> dict[str, Tensor]:
+        if all(row.kind == PromptKind.TEMPLATE for row in rows):
             return {}
-        chunks = [
-            next(chunk for chunk in self.encode_text(row.kind, row.phrases) if chunk.labels == row.labels)
-            for row in rows
-        ]
-        longest = max(len(chunk.input_ids) for chunk in chunks)
-        length = longest if pad_to is None else pad_to
-        if length < longest:
-            raise ValueError(f'"pad_to" must be at least the {longest} tokens of the longest prompt, got {pad_to}.')
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        input_ids = torch.full((len(rows), rows[0].label_map.shape[1]), self.tokenizer.pad_token_id or 0)
         attention_mask = torch.zeros_like(input_ids)
-        for index, chunk in enumerate(chunks):
-            input_ids[index, : len(chunk.input_ids)] = torch.tensor(chunk.input_ids)
-            attention_mask[index, : len(chunk.input_ids)] = 1
-            missing = length - chunk.label_map.shape[1]
-            object.__setattr__(rows[index], "label_map", F.pad(chunk.label_map, (0, missing)))
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            attention_mask[index, : len(row.input_ids)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _template_tensors(
+        self, prompts: Sequence[Prompt], rows: Sequence[PromptRow], image_kwargs: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        templates = {
+            index: self.image_processor.prepare_template(prompt.image, prompt.box, prompt.mask, **image_kwargs)
+            for index, prompt in enumerate(prompts)
+            if prompt.kind == PromptKind.TEMPLATE
+        }
+        if not templates:
+            return {}
+        blank = {name: torch.zeros_like(value) for name, value in next(iter(templates.values())).items()}
+        chosen = [templates.get(row.prompt, blank) for row in rows]
+        return {name: torch.stack([template[name] for template in chosen]) for name in blank}
+
+    # Results
+
+    def post_process_instances(
+        self,
+        outputs: Mapping[str, Tensor],
+        prompts: PromptValue | Sequence[PromptValue] | None = None,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        output: OutputKind | str = OutputKind.MASK,
+        threshold: float = 0.0,
+        top_k: int | None = None,
+        nms_iou: float | None = 0.7,
+        mask_threshold: float = 0.5,
+        use_iou_score: bool = True,
+        clip: bool = True,
+        inputs: UninextInputs | None = None,
+    ) -> list[Instances]:
+        """What was found, by the official rules.
+
+        The score of a query for a name is the mean of its logits over the name's tokens, made a probability, in
+        geometric mean with the predicted box quality. Of queries with the same best name that overlap, only the best
+        stays. Then the best (query, name) pairs are taken: an object may come several times with different names.
+        Masks are decoded only for what is left.
+
+        Args:
+            outputs: a `UninextOutput` or a mapping with its fields, P rows.
+            prompts: what `__call__` was given; enough unless it was also given `image_index`.
+            target_sizes: (height, width) of the original pictures in pixels: one pair for each picture, for each
+                result, or for all. `None`: results are in network input pixels.
+            output: "mask", or "box" for no masks.
+            threshold: rows with a lower score are left out, in [0, 1]; one that is equal stays.
+            top_k: how many rows at most; `None` for 100 with names and 1 with an expression or reference.
+            nms_iou: IoU above which the worse of two boxes goes, in [0, 1]; `None` for no suppression.
+            mask_threshold: probability above which a pixel belongs to a mask, in (0, 1).
+            use_iou_score: whether the predicted box quality enters the score.
+            clip: cut boxes off at the border of the picture and leave out those without area, as the official image
+                model does. Without it boxes may reach over the border, as in the official video model.
+            inputs: what `__call__` returned, instead of `prompts`.
+
+        Returns:
+            One result for each pair of prompt and picture, in the order of `__call__`: prompts in the caller's order,
+            or the pictures for a single prompt. Rows are sorted by score; `labels` are indices into the names;
+            `embeddings` are there if the model has a re-identification head.
+
+        Raises:
+            ValueError: an argument is out of its range, `prompts` do not fit `outputs`, or `outputs` hold NaN.
+
+        Source: official `uninext_img.py` 367-485, `models/ddetrs_dn.py` 1278-1324.
+        """
+        with_masks = _check_choices(output, threshold, top_k, nms_iou, mask_threshold) == OutputKind.MASK
+        fields = Predictions.from_outputs(outputs)
+        if (prompts is None) == (inputs is None):
+            given = "neither" if prompts is None else "both"
+            raise ValueError(f'Exactly one of "prompts" and "inputs" must be given, got {given}.')
+        rows = self._rows_of(prompts, len(fields.logits)) if inputs is None else inputs.rows
+        _check_rows(rows, fields.logits, "prompts" if inputs is None else "inputs")
+        groups = [
+            [index for index, _ in group]
+            for _, group in groupby(enumerate(rows), lambda item: (item[1].prompt, item[1].picture))
+        ]
+        sizes = _sizes_of_results(target_sizes, [rows[group[0]].picture for group in groups])
+        masks = MaskFields.from_outputs(outputs) if with_masks else None
+        embeddings = finite_field(outputs, "query_embeddings") if outputs.get("query_embeddings") is not None else None
+        results = []
+        for group, size in zip(groups, sizes, strict=True):
+            first = rows[group[0]]
+            default = 1 if first.kind.single_target else 100
+            found = select_instances(
+                [fields.row(row) for row in group],
+                [rows[row].label_map for row in group],
+                [rows[row].labels for row in group],
+                threshold=threshold,
+                top_k=default if top_k is None else top_k,
+                nms_iou=nms_iou,
+                use_iou_score=use_iou_score,
+            )
+            input_size = fields.input_size(group[0])
+            boxes, has_area = boxes_to_pixels(found.boxes, input_size, size, clip)
+            queries = found.queries[has_area]
+            results.append(
+                Instances(
+                    image_size=size or input_size,
+                    phrases=list(first.phrases),
+                    scores=found.scores[has_area],
+                    labels=found.labels[has_area],
+                    boxes=boxes[has_area],
+                    masks=masks.decode(group, queries, input_size, size, mask_threshold) if masks else None,
+                    embeddings=None if embeddings is None else embeddings[group].flatten(0, 1)[queries],
+                )
+            )
+        return results
+
+    def _rows_of(self, prompts: PromptValue | Sequence[PromptValue], count: int) -> list[PromptRow]:
+        """The `count` rows that `__call__` made of prompts without `image_index`."""
+        prompts = as_prompts(prompts)
+        chunks = [len(self.encode_text(prompt.kind, prompt.phrases)) for prompt in prompts]
+        pictures = range(count // chunks[0]) if len(prompts) == 1 else range(len(prompts))
+        pairs = [(0 if len(prompts) == 1 else picture, picture) for picture in pictures]
+        return self._rows(prompts, pairs) if pairs else []
+
+    def post_process_object_detection(
+        self,
+        outputs: Mapping[str, Tensor],
+        threshold: float = 0.5,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        prompts: PromptValue | Sequence[PromptValue] | None = None,
+        inputs: UninextInputs | None = None,
+        **kwargs,
+    ) -> list[dict[str, Tensor | list[str]]]:
+        """Boxes, in the form transformers uses; see `post_process_instances` for the arguments.
+
+        Returns:
+            For each result "scores" (N,), "labels" (N,), "boxes" (N, 4) as (x0, y0, x1, y1) in pixels, and
+            "text_labels", N strings.
+        """
+        kwargs = {"output": OutputKind.BOX, **kwargs}
+        return self._as_dicts(
+            self.post_process_instances(outputs, prompts, target_sizes, threshold=threshold, inputs=inputs, **kwargs)
+        )
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Mapping[str, Tensor],
+        threshold: float = 0.5,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        prompts: PromptValue | Sequence[PromptValue] | None = None,
+        inputs: UninextInputs | None = None,
+        **kwargs,
+    ) -> list[dict[str, Tensor | list[str]]]:
+        """As `post_process_object_detection`, with "masks" (N, height, width) bool."""
+        kwargs = {"output": OutputKind.MASK, **kwargs}
+        return self.post_process_object_detection(outputs, threshold, target_sizes, prompts, inputs, **kwargs)
+
+    def post_process_grounded_object_detection(
+        self,
+        outputs: Mapping[str, Tensor],
+        input_ids: Tensor | None = None,
+        threshold: float = 0.25,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        text_labels: PromptValue | Sequence[PromptValue] | None = None,
+        prompts: PromptValue | Sequence[PromptValue] | None = None,
+        inputs: UninextInputs | None = None,
+        **kwargs,
+    ) -> list[dict[str, Tensor | list[str]]]:
+        """As `post_process_object_detection`, under the name and arguments of transformers' grounding models.
+
+        Args:
+            outputs: see `post_process_instances`.
+            input_ids: (P, L) captions of names, "a. b. c"; only read when nothing better is given. Names come back as
+                the tokenizer spells them.
+            threshold: see `post_process_instances`.
+            target_sizes: see `post_process_instances`.
+            text_labels: transformers' name for `prompts`.
+            prompts: see `post_process_instances`.
+            inputs: see `post_process_instances`.
+            kwargs: further arguments of `post_process_instances`.
+
+        Returns:
+            See `post_process_object_detection`.
+        """
+        prompts = text_labels if prompts is None else prompts
+        if prompts is None and inputs is None:
+            if input_ids is None:
+                raise ValueError('One of "prompts", "text_labels", "inputs" and "input_ids" must be given, got none.')
+            prompts = self._names_of(input_ids)
+        return self.post_process_object_detection(outputs, threshold, target_sizes, prompts, inputs, **kwargs)
+
+    def _names_of(self, input_ids: Tensor) -> list[Prompt]:
+        """The names in captions, found at the separators."""
+        prompts = []
+        for tokens in input_ids.tolist():
+            names = self.tokenizer.decode(tokens, skip_special_tokens=True).split(_SEPARATOR.strip())
+            prompt = Prompt.categories([name.strip() for name in names])
+            chunks = self.encode_text(prompt.kind, prompt.phrases)
+            if list(chunks[0].input_ids) != tokens[: len(chunks[0].input_ids)]:
+                raise ValueError(
+                    '"input_ids" must be a caption of names "a. b. c" whose names can be read back from the tokens; '
+                    'give "prompts" instead.'
+                )
+            prompts.append(prompt)
+        return prompts
+
+    @staticmethod
+    def _as_dicts(results: Sequence[Instances]) -> list[dict[str, Tensor | list[str]]]:
+        names = ("scores", "labels", "boxes", "masks", "text_labels")
+        return [{name: result[name] for name in names if name in result} for result in results]
+
+
+class MaskFields(NamedTuple):
+    """The fields of `UninextOutput` that masks are made of, checked and in float32; P rows, see there."""
+
+    mask_kernels: Tensor
+    mask_features: Tensor
+    reference_points: Tensor
+
+    @classmethod
+    def from_outputs(cls, outputs: Mapping[str, Tensor]) -> "MaskFields":
+        """Read and check the fields; ValueError if one is missing or holds NaN."""
+        return cls(*(finite_field(outputs, name) for name in cls._fields))
+
+    def decode(
+        self,
+        rows: Sequence[int],
+        queries: Tensor,
+        input_size: tuple[int, int],
+        target_size: tuple[int, int] | None,
+        threshold: float,
+    ) -> Tensor:
+        """Masks of some queries; one that is asked for several times is decoded once.
+
+        Args:
+            rows: the rows of one result.
+            queries: (N,) indices into the queries of all these rows, one row after the other.
+            input_size: un-padded (height, width) of the network input, pixels.
+            target_size: (height, width) of the masks in pixels; `None` for the network input.
+            threshold: probability above which a pixel belongs to the mask.
+
+        Returns:
+            (N, height, width) bool.
+        """
+        height, width = input_size
+        count = self.mask_kernels.shape[1]
+        needed, position = queries.unique(return_inverse=True)
+        masks = []
+        for place, row in enumerate(rows):
+            local = needed[needed // count == place] - place * count
+            origins = self.reference_points[row, local] * self.reference_points.new_tensor((width, height))
+            logits = dynamic_mask_logits(self.mask_kernels[row, local], self.mask_features[row], origins)
+            masks.append(masks_at_size(logits, input_size, target_size, threshold))
+        return torch.cat(masks)[position]
+
+
+# Checks and arrangement
+
+
+def as_prompts(value: PromptValue | Sequence[PromptValue]) -> list[Prompt]:
+    """One prompt or several, as a list.
+
+    Args:
+        value: a flat list of strings is one prompt (names); a list of anything else is several.
+
+    Returns:
+        One prompt or more.
+
+    Raises:
+        ValueError: something that cannot stand for a prompt; the message says which one of several.
+    """
+    is_several = isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value)
+    if not is_several:
+        return [Prompt.from_value(value)]
+    prompts = []
+    for index, item in enumerate(value):
+        try:
+            prompts.append(Prompt.from_value(item))
+        except ValueError as error:
+            raise ValueError(f'"prompts" holds an unusable value at position {index}: {error}') from error
+    return prompts
+
+
+def _pair(
+    num_prompts: int, num_pictures: int | None, image_index: Sequence[int] | Tensor | None
+) -> list[tuple[int, int]]:
+    """(prompt, picture) pairs; the number of pictures is unknown when only prompts are encoded."""
+    if image_index is not None:
+        index = image_index.tolist() if isinstance(image_index, Tensor) else list(image_index)
+        limit = float("inf") if num_pictures is None else num_pictures
+        if len(index) != num_prompts or not all(isinstance(i, int) and 0 <= i < limit for i in index):
+            raise ValueError(
+                f'"image_index" must give one picture (0 to {"..." if num_pictures is None else num_pictures - 1}) '
+                f"for each of {num_prompts} prompts, got {index}."
+            )
+        return list(enumerate(index))
+    if num_pictures is None or num_prompts == num_pictures:
+        return [(index, index) for index in range(num_prompts)]
+    if num_prompts == 1:
+        return [(0, picture) for picture in range(num_pictures)]
+    if num_pictures == 1:
+        return [(prompt, 0) for prompt in range(num_prompts)]
+    raise ValueError(
+        f'"prompts" must be one, or as many as "images", or all for one picture; got {num_prompts} prompts and '
+        f'{num_pictures} pictures. Give "image_index" for other combinations.'
+    )
+
+
+def _check_choices(
+    output: OutputKind | str, threshold: float, top_k: int | None, nms_iou: float | None, mask_threshold: float
+) -> OutputKind:
+    """Check the ranges of the arguments of post-processing; returns the kind of output."""
+    if output not in tuple(OutputKind):
+        raise ValueError(f'"output" must be one of {", ".join(OutputKind)}, got {output!r}.')
+    for name, value in (("threshold", threshold), ("nms_iou", nms_iou)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f'"{name}" must be in [0, 1], got {value!r}.')
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f'"top_k" must be a positive integer or None, got {top_k!r}.')
+    if not 0 < mask_threshold < 1:
+        raise ValueError(f'"mask_threshold" must be in (0, 1), got {mask_threshold!r}.')
+    return OutputKind(output)
+
+
+def _check_rows(rows: Sequence[PromptRow], logits: Tensor, argument: str) -> None:
+    longest = max((row.label_map.shape[1] for row in rows), default=0)
+    if len(rows) != logits.shape[0] or longest > logits.shape[2]:
+        raise ValueError(
+            f'"{argument}" must be those that "outputs" were made from: they have {len(rows)} rows of up to {longest} '
+            f"tokens, outputs have {logits.shape[0]} rows of {logits.shape[2]}."
+        )
+
+
+def _sizes_of_results(
+    target_sizes: Sequence[tuple[int, int]] | Tensor | None, pictures: Sequence[int]
+) -> list[tuple[int, int] | None]:
+    """The target size of each result, given the picture that each result is of."""
+    if target_sizes is None:
+        return [None] * len(pictures)
+    count = max(pictures) + 1
+    if len(target_sizes) == count:
+        sizes = check_target_sizes(target_sizes, count)
+        return [sizes[picture] for picture in pictures]
+    return check_target_sizes(target_sizes, len(pictures))
+
+
+def _training_labels(
+    annotations: Mapping | Sequence[Mapping],
+    rows: Sequence[PromptRow],
+    pictures: Sequence[Tensor],
+    data: Mapping[str, Tensor],
+) -> list[dict[str, Tensor]]:
+    """Annotations in pixels of the original pictures as the network's training labels, one for each prompt row."""
+    annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
+    if not rows or len(annotations) != len(pictures):
+        raise ValueError(
+            f'"annotations" must be given with "prompts", one for each picture; got {len(annotations)} annotations, '
+            f"{len(pictures)} pictures and {len(rows)} prompt rows."
+        )
+    if len({(row.prompt, row.picture) for row in rows}) != len(rows):
+        raise ValueError('"prompts" must fit into one row each when "annotations" are given: draw fewer names.')
+    labels = []
+    for row in rows:
+        annotation, size = annotations[row.picture], tuple(pictures[row.picture].shape[-2:])
+        boxes = torch.as_tensor(annotation["boxes"], dtype=torch.float32).reshape(-1, 4)
+        classes = annotation.get("class_labels", torch.zeros(len(boxes)) if row.kind.single_target else ())
+        classes = torch.as_tensor(classes).to(torch.int64)
+        if len(classes) != len(boxes) or not ((classes >= 0) & (classes < len(row.phrases))).all():
+            raise ValueError(
+                f'"annotations" must have one of {len(row.phrases)} class labels for each of {len(boxes)} boxes, '
+                f"got {classes.tolist()}."
+            )
+        label = {**annotation, "boxes": box_xyxy_to_cxcywh(scale_boxes(boxes, size, (1, 1))), "class_labels": classes}
+        if not row.kind.single_target:
+            label["positive_map"] = row.label_map[classes]
+        if annotation.get("masks") is not None:
+            real = data["pixel_mask"][row.picture]
+            inner = (int(real[:, 0].sum()), int(real[0].sum()))
+            masks = torch.as_tensor(annotation["masks"]).reshape(-1, *size)
+            masks = F.interpolate(masks[:, None].float(), size=inner, mode="nearest-exact")[:, 0] > 0
+            label["masks"] = F.pad(masks, (0, real.shape[1] - inner[1], 0, real.shape[0] - inner[0]))
+        labels.append(label)
+    return labels
+
+
+__all__ = [
+    "PromptRow",
+    "PromptValue",
+    "TextChunk",
+    "UninextInputs",
+    "UninextProcessor",
+    "as_prompts",
+    "clean_expression",
+    "clean_name",
+]

@@ -5,20 +5,16 @@ Source: UNINEXT (https://arxiv.org/abs/2303.06674), table 1, which lists the ten
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from types import MappingProxyType
 
 
-class PromptKind(str, Enum):
+class PromptKind(StrEnum):
     """What tells the model which objects to look for. Compares equal to its plain string value."""
 
     CATEGORIES = "categories"
     EXPRESSION = "expression"
     TEMPLATE = "template"
-
-    def __str__(self) -> str:
-        """The plain value; without this, formatting differs between Python versions."""
-        return self.value
 
     @property
     def single_target(self) -> bool:
@@ -26,18 +22,14 @@ class PromptKind(str, Enum):
         return self is not PromptKind.CATEGORIES
 
 
-class OutputKind(str, Enum):
+class OutputKind(StrEnum):
     """What is returned for each object, next to its score. Compares equal to its plain string value."""
 
     BOX = "box"
     MASK = "mask"
 
-    def __str__(self) -> str:
-        """The plain value; without this, formatting differs between Python versions."""
-        return self.value
 
-
-class TimeKind(str, Enum):
+class TimeKind(StrEnum):
     """How results relate to time. Compares equal to its plain string value.
 
     `STILL`: one picture, no identities. `FRAMES`: a result per video frame, identities carried on.
@@ -47,10 +39,6 @@ class TimeKind(str, Enum):
     STILL = "still"
     FRAMES = "frames"
     TRACKS = "tracks"
-
-    def __str__(self) -> str:
-        """The plain value; without this, formatting differs between Python versions."""
-        return self.value
 
 
 @dataclass(frozen=True)

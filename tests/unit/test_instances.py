@@ -132,11 +132,17 @@ class TestRows:
         assert chosen.phrases == instances.phrases
 
     @pytest.mark.parametrize(
-        "index", [4, -5, True, [True], torch.zeros(5, dtype=torch.bool), torch.zeros(2, 2).long(), [0.5], [9]], ids=str
+        "index", [4, -5, True, torch.zeros(5, dtype=torch.bool), torch.zeros(2, 2).long(), [0.5], [9]], ids=str
     )
     def test_index_errors(self, index):
-        with pytest.raises(IndexError):
+        with pytest.raises(
+            IndexError, match=r"row 4 does|row -5 does|single bool|bool mask|one dimension|out of bounds"
+        ):
             make_instances()[index]
+
+    def test_bool_mask_of_another_length(self):
+        with pytest.raises(IndexError, match=r"the bool mask has 1 values for 4 rows"):
+            make_instances()[[True]]
 
     def test_reads_like_english(self):
         instances = make_instances()
@@ -426,10 +432,10 @@ class TestDraw:
         instances = Instances(
             (200, 300), ["cat"], torch.ones(1), torch.zeros(1).long(), torch.tensor([[0.0, 60, 50, 150]])
         )
-        high = instances.replace(boxes=torch.tensor([[0.0, 0.0, 50.0, 150.0]]))
+        whole_picture = instances.replace(boxes=torch.tensor([[0.0, 0.0, 300.0, 200.0]]))
         strip = np.asarray(Instances.empty((200, 300), []).draw(grey((200, 300)), banner="x"))
         rows = int((strip != 128).any(axis=(1, 2)).sum())
-        for each in (instances, high):
+        for each in (instances, whole_picture):
             assert count_color(each.draw(grey((200, 300)), banner="x").crop((0, 0, 300, rows)), RED) == 0
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])

@@ -88,13 +88,15 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise ValueError(f'"{name}" must not be a floating-point picture (mode F); convert it to 8 bits first.')
+            raise ValueError("floating-point values (mode F) have no known range, convert them to 8 bits first")
         if image.mode.startswith("I"):
             return _from_array(np.asarray(image).clip(0, _SIXTEEN_BIT).astype(np.uint16), name)
         has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
         image = image.convert("RGBA" if has_alpha else "RGB")
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f'"{name}" is not a complete picture: {error}.') from error
+    except ValueError as error:
+        raise ValueError(f'"{name}" must be a picture that Pillow can convert to RGB: {error}.') from error
     return _from_array(np.array(image), name)
 
 
@@ -108,7 +110,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, input_data_format: str | 
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3:
-        is_last = not is_tensor and (shape[-1] in (1, 3, 4) or shape[0] not in (1, 3, 4))
+        is_last = not is_tensor and (shape[-1] <= 4 or shape[0] not in (1, 3, 4))
         if input_data_format is not None:
             is_last = ChannelDimension(input_data_format) == ChannelDimension.LAST
         pixels = pixels.movedim(-1, 0) if is_last else pixels
@@ -296,6 +298,11 @@ class UninextImageProcessor(TorchvisionBackend):
 
     def __init__(self, **kwargs: Unpack[UninextImageProcessorKwargs]):
         super().__init__(**kwargs)
+
+    def _standardize_kwargs(self, size: int | Mapping[str, int] | SizeDict | None = None, **kwargs) -> dict:
+        if isinstance(size, int):  # a single number is the shorter side; the limit of the longer one stays
+            size = {"shortest_edge": size, "longest_edge": type(self).size["longest_edge"]}
+        return super()._standardize_kwargs(size=size, **kwargs)
 
     def process_image(
         self,

@@ -80,9 +80,12 @@ def dynamic_mask_logits(
             hidden = torch.baddbmm(bias[..., None], weight, hidden.relu())
         return aligned_upsample(hidden.view(-1, 1, height, width), 2)[:, 0]
 
-    if kernels.shape[0] <= chunk_size or torch.compiler.is_compiling():
-        return run(kernels, origins)
-    return torch.cat([run(*block) for block in zip(kernels.split(chunk_size), origins.split(chunk_size), strict=True)])
+    # Autocast would turn the float32 products back into half precision ones.
+    with torch.autocast(features.device.type, enabled=False):
+        if kernels.shape[0] <= chunk_size or torch.compiler.is_compiling():
+            return run(kernels, origins)
+        blocks = zip(kernels.split(chunk_size), origins.split(chunk_size), strict=True)
+        return torch.cat([run(*block) for block in blocks])
 
 
 def aligned_upsample(maps: Tensor, factor: int) -> Tensor:

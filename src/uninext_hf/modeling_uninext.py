@@ -814,8 +814,18 @@ class UninextPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif hasattr(module, "initialize"):
-            module.initialize()
+
+    def initialize_weights(self) -> None:
+        """Initialise whatever no checkpoint filled: the parts first, then the rules of what they are parts of.
+
+        The library visits modules that own tensors themselves; rules of a layer about its parts (`initialize`) come
+        after, innermost first. All of them leave loaded tensors alone.
+        """
+        super().initialize_weights()
+        with torch.no_grad():
+            for module in reversed(list(self.modules())):
+                if hasattr(module, "initialize"):
+                    module.initialize()
 
 
 class UninextEncoder(UninextPreTrainedModel):

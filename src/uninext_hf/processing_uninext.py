@@ -685,7 +685,7 @@ def _pair(
 ) -> list[tuple[int, int]]:
     """(prompt, picture) pairs; the number of pictures is unknown when only prompts are encoded."""
     if image_index is not None:
-        index = image_index.tolist() if isinstance(image_index, Tensor) else list(image_index)
+        index = image_index.tolist() if hasattr(image_index, "tolist") else list(image_index)
         limit = float("inf") if num_pictures is None else num_pictures
         if len(index) != num_prompts or not all(isinstance(i, int) and 0 <= i < limit for i in index):
             raise ValueError(
@@ -761,6 +761,8 @@ def _training_labels(
     labels = []
     for row in rows:
         annotation, size = annotations[row.picture], tuple(pictures[row.picture].shape[-2:])
+        if "boxes" not in annotation:
+            raise ValueError(f'"annotations" must hold "boxes" for each picture, got {", ".join(annotation) or "none"}.')
         boxes = torch.as_tensor(annotation["boxes"], dtype=torch.float32).reshape(-1, 4)
         classes = annotation.get("class_labels", torch.zeros(len(boxes)) if row.kind.single_target else ())
         classes = torch.as_tensor(classes).to(torch.int64)
@@ -775,7 +777,9 @@ def _training_labels(
         if annotation.get("masks") is not None:
             real = data["pixel_mask"][row.picture]
             inner = (int(real[:, 0].sum()), int(real[0].sum()))
-            masks = torch.as_tensor(annotation["masks"]).reshape(-1, *size)
+            masks = torch.as_tensor(annotation["masks"])
+            if masks.shape != (len(boxes), *size):
+                raise ValueError(f'"annotations" must have masks {(len(boxes), *size)}, got {tuple(masks.shape)}.')
             masks = F.interpolate(masks[:, None].float(), size=inner, mode="nearest-exact")[:, 0] > 0
             label["masks"] = F.pad(masks, (0, real.shape[1] - inner[1], 0, real.shape[0] - inner[0]))
         labels.append(label)

@@ -1,6 +1,6 @@
 """The ten tasks as a table of prompt kind, output kind and time kind.
 
-Source: UNINEXT (https://arxiv.org/abs/2303.06674), table 1, which lists the ten instance perception tasks.
+Source: UNINEXT (https://arxiv.org/abs/2303.06674), whose ten instance perception tasks these are.
 """
 
 from collections.abc import Mapping

@@ -67,7 +67,9 @@ def template(reference, name: str) -> dict[str, float]:
     crop = reference.template(case)
     encoder = model.model.template_encoder
     maps = encoder.image_encoder(crop["template_values"])
-    found = {f"ref_backbone.res{stage}": agree(case, f"ref_backbone.res{stage}", maps[stage - 3]) for stage in (3, 4, 5)}
+    found = {
+        f"ref_backbone.res{stage}": agree(case, f"ref_backbone.res{stage}", maps[stage - 3]) for stage in (3, 4, 5)
+    }
     fused = encoder.fuse(model.model.input_projections(maps))
     found["prompt.0.fused_map"] = agree(case, "prompt.0.fused_map", fused)
     prompt = model.get_prompt_features(**crop)
@@ -121,9 +123,7 @@ def full_size(reference, name: str) -> dict[str, float]:
             share = common_share(chosen, recorded)
             assert share >= 0.99, share
             part["twostage.topk_index (share not in common)"] = 1 - share
-            part |= check_network(
-                case, prefix, model, image, prompt, proposal_indices=recorded.long(), part="after"
-            )
+            part |= check_network(case, prefix, model, image, prompt, proposal_indices=recorded.long(), part="after")
             part |= reference.final(case, f"{prefix}final.", model, image, prompt, text, recorded.long())
         found |= prefixed(prefix, part)
     return found

@@ -76,7 +76,6 @@ class Reference:
         tensors = cls.case("prompts").tensors
         return {key: tensors[f"{name}.{key}"].long() for key in ("input_ids", "attention_mask")}
 
-
     @classmethod
     def template(cls, case) -> dict[str, torch.Tensor]:
         """Recorded crop of a tracking case as our tensors; its colours are recorded as a sample, so they are cut anew."""

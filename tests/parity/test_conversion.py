@@ -175,19 +175,31 @@ def damaged_states(state):
     yield "missing layer", {k: v for k, v in state.items() if "encoder.layers.0" not in k}, "encoder.layers.0"
     yield "unknown key", {**state, "detr.new_head.weight": torch.zeros(1)}, "detr.new_head.weight"
     yield "wrong shape", {**state, convolution: state[convolution][:, :-1]}, convolution
-    yield "transposed", {**state, "detr.resizer.fc.weight": state["detr.resizer.fc.weight"].T}, "detr.resizer.fc.weight"
+    yield (
+        "transposed",
+        {**state, "detr.resizer.fc.weight": state["detr.resizer.fc.weight"].T},
+        "detr.resizer.fc.weight",
+    )
     yield "not a number", {**state, head: nan}, head
     yield "integers", {**state, head: state[head].int()}, head
-    yield "second name differs", {
-        **state,
-        "detr.detr.transformer.decoder.bbox_embed.0.layers.0.bias": state["detr.controller.layers.0.bias"],
-    }, "detr.detr.transformer.decoder.bbox_embed.0.layers.0.bias"
+    yield (
+        "second name differs",
+        {
+            **state,
+            "detr.detr.transformer.decoder.bbox_embed.0.layers.0.bias": state["detr.controller.layers.0.bias"],
+        },
+        "detr.detr.transformer.decoder.bbox_embed.0.layers.0.bias",
+    )
     yield "scalar instead of table", {**state, word: torch.zeros(())}, word
-    yield "two backbones in one", {
-        **state,
-        "detr.detr.backbone.0.backbone.pos_embed": torch.zeros(1),
-        "detr.detr.backbone.0.backbone.patch_embed.proj.weight": torch.zeros(1),
-    }, "backbone"
+    yield (
+        "two backbones in one",
+        {
+            **state,
+            "detr.detr.backbone.0.backbone.pos_embed": torch.zeros(1),
+            "detr.detr.backbone.0.backbone.patch_embed.proj.weight": torch.zeros(1),
+        },
+        "backbone",
+    )
     yield "another model", {"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2)}, "level_embed"
     yield "already ours", {"model.image_encoder.x": torch.zeros(1)}, "from_pretrained"
     yield "not tensors", {**state, "note": "hello"}, "note"

@@ -71,7 +71,9 @@ def test_encoder_layer(case, model, mask, shapes):
     source, ratios = case.tensors["src"], case.tensors["valid_ratios"]
     references = UninextEncoder.reference_points(shapes, ratios)
     agree(case, "encoder.reference_points", references)
-    masks = [part.unflatten(1, shape) for part, shape in zip(mask.split([h * w for h, w in shapes], 1), shapes, strict=True)]
+    masks = [
+        part.unflatten(1, shape) for part, shape in zip(mask.split([h * w for h, w in shapes], 1), shapes, strict=True)
+    ]
     positions = torch.cat(
         [position_code(level, 256) + model.model.level_embed[index] for index, level in enumerate(masks)], dim=1
     )

@@ -36,7 +36,10 @@ DROPPED: tuple[tuple[str, str], ...] = (
     (r"detr\.detr\.transformer\.decoder\.bbox_embed\..+", "second name of detr.detr.bbox_embed.*"),
     (r"detr\.detr\.transformer\.resizer\..+", "its result is multiplied by zero in the official network"),
     (r"criterion\._iter", "counter of the BoxInst warm-up; training state, not a weight"),
-    (r"text_encoder\.body\.model\.embeddings\.position_ids", "0, 1, 2, ...; saved by older text-encoder libraries only"),
+    (
+        r"text_encoder\.body\.model\.embeddings\.position_ids",
+        "0, 1, 2, ...; saved by older text-encoder libraries only",
+    ),
 )
 """Official keys that have no place in our model, with the reason. `to_official` writes the second names from the
 first, the resizer as a layer that outputs zero (weights and biases 0, norm weight 1), the counter as 0, and no
@@ -85,7 +88,9 @@ def _backbone(config: UninextConfig, official: str, ours: str) -> Iterator[Entry
     builders = {"resnet": _resnet, "convnext": _convnext, "vitdet": _vit}
     kind = config.backbone_config.model_type
     if kind not in builders:
-        raise ValueError(f'"backbone_config" must be one of {", ".join(builders)} for an official checkpoint, got {kind}.')
+        raise ValueError(
+            f'"backbone_config" must be one of {", ".join(builders)} for an official checkpoint, got {kind}.'
+        )
     yield from builders[kind](config.backbone_config, official, ours)
 
 
@@ -125,9 +130,7 @@ def _convnext(config, official: str, ours: str) -> Iterator[Entry]:
         for layer in range(depth):
             theirs, name = f"stages.{stage}.{layer}", f"encoder.stages.{stage}.layers.{layer}"
             yield from norm(f"{theirs}.norm", f"{name}.layernorm")
-            yield Entry(
-                f"{official}{theirs}.gamma.weight", (f"{ours}{name}.layer_scale_parameter",), Reshape.SQUEEZE
-            )
+            yield Entry(f"{official}{theirs}.gamma.weight", (f"{ours}{name}.layer_scale_parameter",), Reshape.SQUEEZE)
             for part in ("dwconv", "pwconv1", "pwconv2"):
                 yield from _pair(f"{official}{theirs}.{part}", f"{ours}{name}.{part}")
 

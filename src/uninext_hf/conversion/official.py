@@ -156,7 +156,16 @@ def _read_file(path: Path) -> object:
         with path.open("rb") as file:
             mappable = file.read(2) == b"PK"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable or None)
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise _unreadable(path, error) from error
     except Exception as error:  # unpickling may raise anything, and its own error type is private to torch
         raise _unreadable(path, error) from error
@@ -403,7 +412,9 @@ def _with_zero_channel(weight: Tensor) -> Tensor:
     return torch.cat([weight, torch.zeros_like(weight[:, :1])], dim=1)
 
 
-def verify_official(path_or_state_dict: str | os.PathLike | Mapping, config: UninextConfig | None = None) -> ConversionReport:
+def verify_official(
+    path_or_state_dict: str | os.PathLike | Mapping, config: UninextConfig | None = None
+) -> ConversionReport:
     """Check an official checkpoint key by key without building the model; see `load_official` for the arguments."""
     state = read_checkpoint(path_or_state_dict)
     return _convert(state, infer_config(state) if config is None else config)[1]

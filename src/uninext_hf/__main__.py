@@ -1,0 +1,7 @@
+"""`python -m uninext_hf` is the `uninext` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

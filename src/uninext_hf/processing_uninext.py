@@ -644,9 +644,11 @@ class MaskFields(NamedTuple):
         height, width = input_size
         count = self.mask_kernels.shape[1]
         needed, position = queries.unique(return_inverse=True)
-        masks = []
+        masks = [self.mask_kernels.new_zeros((0, *(target_size or input_size)), dtype=torch.bool)]
         for place, row in enumerate(rows):
             local = needed[needed // count == place] - place * count
+            if len(local) == 0:
+                continue
             origins = self.reference_points[row, local] * self.reference_points.new_tensor((width, height))
             logits = dynamic_mask_logits(self.mask_kernels[row, local], self.mask_features[row], origins)
             masks.append(masks_at_size(logits, input_size, target_size, threshold))
@@ -762,7 +764,7 @@ def _training_labels(
     for row in rows:
         annotation, size = annotations[row.picture], tuple(pictures[row.picture].shape[-2:])
         if "boxes" not in annotation:
-            raise ValueError(f'"annotations" must hold "boxes" for each picture, got {", ".join(annotation) or "none"}.')
+            raise ValueError(f'"annotations" must hold "boxes" got {", ".join(annotation) or "no key"}.')
         boxes = torch.as_tensor(annotation["boxes"], dtype=torch.float32).reshape(-1, 4)
         classes = annotation.get("class_labels", torch.zeros(len(boxes)) if row.kind.single_target else ())
         classes = torch.as_tensor(classes).to(torch.int64)

@@ -5,7 +5,9 @@ Used by the tests, and by `python -m tests.parity.report`, which writes the tabl
 
 import torch
 
-from .checks import agree, check_network, check_picture
+from uninext_hf import UninextProcessor
+
+from .checks import agree, check_instances, check_network, check_picture
 
 VIDEO, IMAGE = "tiny_video_r50", "tiny_image_r50"
 
@@ -60,6 +62,14 @@ def expression(reference, name: str, index: int, model=None, **options) -> dict[
     return prefixed(f"{index}.", found)
 
 
+def expressions(reference, name: str) -> dict[str, float]:
+    """All recorded expressions."""
+    found: dict[str, float] = {}
+    for index in range(len(reference.case(name).meta["expressions"])):
+        found |= expression(reference, name, index)
+    return found
+
+
 @torch.no_grad()
 def template(reference, name: str) -> dict[str, float]:
     """Crop -> 4-channel backbone -> prompt features -> all frames searched with them."""
@@ -101,6 +111,51 @@ def common_share(chosen: torch.Tensor, recorded: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+def finals(reference, name: str) -> dict[str, float]:
+    """Final instances of a reduced case through the whole processor."""
+    case = reference.case(name)
+    found = {}
+    for prefix, prompt, pictures, model, options in _final_runs(case):
+        found |= prefixed(prefix, _final(case, prefix, reference.tiny(model), pictures, prompt, options))
+    return found
+
+
+def _final_runs(case) -> list[tuple]:
+    """(prefix, prompt, pictures, manifest, options) of each list of instances that a case records."""
+    meta, tensors = case.meta, case.tensors
+    if meta["task"] == "grounding":
+        raw = {"clip": False}
+        scaled = {"target_sizes": [meta["output_size"]]}
+        expressions = [pair["raw"] for pair in meta["expressions"]]
+        return [
+            (prefix, text, [tensors["input.image"]], manifest, options)
+            for index, text in enumerate(expressions)
+            for prefix, manifest, options in (
+                (f"{index}.final.", meta["manifest"], raw),
+                (f"{index}.image_model.final.", meta["manifest_image"], scaled),
+            )
+            if f"{prefix}scores" in tensors
+        ]
+    if "input.image" in tensors:  # the video model records unclipped boxes in network input pixels
+        return [("final.", meta["names"], [tensors["input.image"]], meta["manifest"], {"clip": False})]
+    pictures = [tensors[name] for name in sorted(tensors) if name.startswith("input.image.")]
+    return [("final.", meta["names"], pictures, meta["manifest"], {"target_sizes": meta["output_size"]})]
+
+
+def _final(case, prefix, model, pictures, prompt, options, proposal_indices=None) -> dict[str, float]:
+    processor = UninextProcessor.for_model(model.config)
+    inputs = processor(pictures, prompt, do_resize=False)
+    outputs = model(**inputs, proposal_indices=proposal_indices)
+    results = processor.post_process_instances(outputs, inputs=inputs, **options)
+    if f"{prefix}scores" in case.tensors:
+        return check_instances(case, prefix, results[0])
+    found = {}
+    for index, instances in enumerate(results):
+        found |= prefixed(f"{index}.", check_instances(case, f"{prefix}{index}.", instances))
+    return found
+
+
+@torch.no_grad()
 def full_size(reference, name: str) -> dict[str, float]:
     """A full-size model in two parts: free running up to the proposals, then with the recorded selection injected.
 
@@ -124,8 +179,27 @@ def full_size(reference, name: str) -> dict[str, float]:
             assert share >= 0.99, share
             part["twostage.topk_index (share not in common)"] = 1 - share
             part |= check_network(case, prefix, model, image, prompt, proposal_indices=recorded.long(), part="after")
-            part |= reference.final(case, f"{prefix}final.", model, image, prompt, text, recorded.long())
         found |= prefixed(prefix, part)
+    for prefix, prompt, pictures, manifest, options in _final_runs(case):
+        recorded = case.tensors.get(f"{prefix.removesuffix('final.')}twostage.topk_index")
+        if recorded is not None:
+            indices = recorded.long()
+            found |= prefixed(
+                prefix, _final(case, prefix, reference.full(manifest), pictures, prompt, options, indices)
+            )
+    return found
+
+
+@torch.no_grad()
+def full_image_model(reference, name: str) -> dict[str, float]:
+    """The full-size image model; its selection is not recorded, so it runs free, and rows may swap with near ties."""
+    case = reference.case(name)
+    model = reference.full(case.meta["manifest"])
+    pixels, mask = reference.batch(case)
+    prompt = model.get_prompt_features(**reference.text("coco"))
+    found = check_network(case, "", model, model.get_image_features(pixels, mask), prompt)
+    for prefix, names, pictures, _, options in _final_runs(case):
+        found |= prefixed(prefix, _final(case, prefix, model, pictures, names, options))
     return found
 
 
@@ -134,3 +208,27 @@ def prompts_of(case) -> list[tuple[str, str, bool]]:
     if case.meta["task"] == "grounding":
         return [(f"{index}.", f"expression.{index}", True) for index in range(len(case.meta["expressions"]))]
     return [("", "coco", False)]
+
+
+REDUCED = {
+    "tiny_detection": (detection, finals),
+    "tiny_detection_image": (padded_batch, finals),
+    "tiny_grounding": (expressions, finals),
+    "tiny_sot_box": (template,),
+    "tiny_sot_mask": (template,),
+}
+FULL = {
+    "full_r50_detection": (full_size,),
+    "full_r50_detection_image": (full_image_model,),
+    "full_r50_grounding": (full_size,),
+    "full_convnext_large_detection": (full_size,),
+    "full_vit_huge_detection": (full_size,),
+}
+
+
+def run(reference, name: str) -> dict[str, float]:
+    """All comparisons of a case: value -> largest absolute difference."""
+    found: dict[str, float] = {}
+    for compare in (REDUCED | FULL)[name]:
+        found |= compare(reference, name)
+    return found

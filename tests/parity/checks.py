@@ -2,6 +2,8 @@
 
 import torch
 
+from uninext_hf import Instances
+from uninext_hf.box_ops_uninext import rle_to_mask
 from uninext_hf.modeling_uninext import UninextForUniversalPerception, UninextImageFeatures, UninextPromptFeatures
 
 
@@ -90,3 +92,22 @@ def check_network(
         selected = case.tensors.get(f"{prefix}twostage.topk_index")
         assert selected is None or torch.equal(trunk.proposal_indices, selected.long())
     return differences
+
+
+def check_instances(case, prefix: str, found: Instances) -> dict[str, float]:
+    """Scores to 1e-5, boxes to 0.01 px, equal labels; masks (the first ones are recorded) but for 0.1 % of pixels."""
+    tensors = case.tensors
+    assert len(found) == len(tensors[f"{prefix}scores"])
+    assert torch.equal(found.labels, tensors[f"{prefix}labels"].long())
+    recorded = [torch.as_tensor(rle_to_mask(rle)) for rle in case.meta[f"{prefix}mask_rle"]]
+    masks = [(mask != other).float().mean() for mask, other in zip(found.masks, recorded, strict=False)]
+    areas = (found.masks.sum((1, 2)) - tensors[f"{prefix}mask_area"]).abs() / found.masks[0].numel()
+    differences = {
+        "scores": float((found.scores - tensors[f"{prefix}scores"]).abs().max()),
+        "boxes (pixels)": float((found.boxes - tensors[f"{prefix}boxes"]).abs().max()),
+        "masks (share of pixels)": float(max(masks)),
+        "mask areas (share of pixels)": float(areas.max()),
+    }
+    for (name, value), bound in zip(differences.items(), (1e-5, 1e-2, 1e-3, 1e-3), strict=True):
+        assert value <= bound, f"{prefix}{name}: {value}"
+    return {f"final {name}": value for name, value in differences.items()}

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def _module(name: str):
 class Reference:
     """Cases, weights and models by name; each is made once per process."""
 
-    mean, std = MEAN, STD
+    _full: ClassVar[dict] = {}
 
     @staticmethod
     @cache
@@ -51,6 +52,14 @@ class Reference:
     def tiny(cls, manifest: str):
         """Our model with the weights of a reduced manifest; shared, so never change it."""
         return load_official(cls.weights(manifest))
+
+    @classmethod
+    def full(cls, manifest: str):
+        """Our model at full size; only the last one is kept, the largest takes 6 GB."""
+        if manifest not in cls._full:
+            cls._full.clear()
+            cls._full[manifest] = load_official(cls.weights(manifest))
+        return cls._full[manifest]
 
     @classmethod
     def batch(cls, case) -> tuple[torch.Tensor, torch.Tensor]:

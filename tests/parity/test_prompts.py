@@ -20,9 +20,7 @@ def test_categories(reference, processor, name):
     for key, value in tokens.items():
         assert torch.equal(inputs[key], value)
     # Labels start at 1 in the recording and at 0 with us.
-    positions = {
-        str(label + 1): row.nonzero().flatten().tolist() for label, row in enumerate(inputs["label_map"][0])
-    }
+    positions = {str(label + 1): row.nonzero().flatten().tolist() for label, row in enumerate(inputs["label_map"][0])}
     assert positions == recorded["label_to_tokens"]
     assert not inputs["pool_prompt"].any()
 

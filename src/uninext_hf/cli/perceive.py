@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     pictures = find_pictures(options.images)
     request = prompt_of(options)  # before the model is loaded: a bad prompt should not cost a minute
     import torch
-    from transformers.utils import logging
+    from tqdm.auto import tqdm
 
     from . import model_source
     from ..task_uninext import get_task, infer_task
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     names = output_names(pictures)
-    for picture in logging.tqdm(pictures, desc="perceive", unit="picture", disable=len(pictures) == 1):
+    for picture in tqdm(pictures, desc="perceive", unit="picture", disable=len(pictures) == 1):
         record = out / f"{names[picture]}.json"
         if options.resume and record.is_file():
             continue
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         with new_file(record) as path:
             path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         found = f"{len(results[0])} instance{'' if len(results[0]) == 1 else 's'}"
-        logging.tqdm.write(f"{picture}: {found} -> {out / names[picture]}.png, .json")
+        tqdm.write(f"{picture}: {found} -> {out / names[picture]}.png, .json")
 
 
 class Request:
@@ -104,7 +104,9 @@ class Request:
         given = [name for name in ("names", "names_file", "expression", "box", "mask") if getattr(options, name)]
         if len(given) != 1:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
-            raise ValueError(f"Exactly one of --names, --names-file, --expression, --box and --mask is needed, got {flags}.")
+            raise ValueError(
+                f"Exactly one of --names, --names-file, --expression, --box and --mask is needed, got {flags}."
+            )
         self.options, self.source = options, given[0]
         self.kind = {"names": "categories", "names_file": "categories", "expression": "expression"}.get(
             given[0], "template"

@@ -19,9 +19,9 @@ class UninextConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`dict | PreTrainedConfig`, *optional*, defaults to ResNet-50 with strides 8, 16, 32):
-            Any backbone that `AutoBackbone` can build (timm ones through `timm_backbone`). It gives either at least one
-            map per feature level it serves, the first at stride 8, each next at twice the stride; or a single map at
-            stride 16, from which a three-map pyramid is made (plain vision transformers).
+            Any backbone that `AutoBackbone` can build (timm ones through `timm_backbone`). It gives either several
+            maps, the first at stride 8, each next at twice the stride; or a single map at stride 16, from which a
+            three-map pyramid is made (plain vision transformers).
             Official: `MODEL.BACKBONE`, `MODEL.RESNETS`, `MODEL.CONVNEXT`, `MODEL.VIT`.
         text_config (`dict | PreTrainedConfig`, *optional*, defaults to BERT-base):
             Any BERT-like text encoder that `AutoModel` can build. Official: `MODEL.LANGUAGE_BACKBONE`.
@@ -64,8 +64,8 @@ class UninextConfig(PreTrainedConfig):
         class_prior (`float`, defaults to 0.01): Score that the class and IoU heads start with, in (0, 1).
             Official: `MODEL.DYHEAD.PRIOR_PROB`.
         layer_norm_eps (`float`, defaults to 1e-5): Added to the variance in the layer norms of the transformer.
-        msda_implementation (`str`, defaults to `"auto"`): Path of the deformable-attention op: `"auto"`, or a name from
-            `deformable_attention_uninext.available_implementations()`. Changes speed, not results.
+        msda_implementation (`str`, defaults to `"auto"`): Path of the deformable-attention op: `"auto"`, or a name
+            from `deformable_attention_uninext.available_implementations()`. Changes speed, not results.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: A field has the wrong type, or two fields do not fit together.
@@ -127,9 +127,8 @@ class UninextConfig(PreTrainedConfig):
             ("fusion_dim", "fusion_attention_heads"),
         ):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f'"{width}" must be a multiple of "{heads}", got {getattr(self, width)} and {getattr(self, heads)}.'
-                )
+                values = f"{getattr(self, width)} and {getattr(self, heads)}"
+                raise ValueError(f'"{width}" must be a multiple of "{heads}", got {values}.')
         if self.num_feature_levels < 3:
             raise ValueError(
                 f'"num_feature_levels" must be at least 3 (the mask branch reads strides 8, 16 and 32), '

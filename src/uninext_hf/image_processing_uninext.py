@@ -1,6 +1,6 @@
 """Pictures in, network input out: load, resize, normalise, pad, crop templates; and raw boxes back to pixels.
 
-Sources: official resize rule and padding, `data/dataset_mapper_uni.py` and `models/ddetrs_dn.py` 345-348; template
+Sources: resize rule and padding, detectron2 `ResizeShortestEdge` and `models/ddetrs_dn.py` 345-348; template
 crop, `models/ddetrs_vid_dn.py` 95-139; selection of results, `uninext_img.py` 367-485.
 """
 
@@ -226,7 +226,7 @@ def crop_template(
 
     def sample_rows(planes: Tensor, start: int) -> Tensor:
         # Official: a crop that reaches the right or bottom border is padded one pixel early, so the last column and
-        # row are never used (ddetrs_vid_dn.py:109-112). We keep the only one of a picture one pixel wide.
+        # row are never used (ddetrs_vid_dn.py:95-139). We keep the only one of a picture one pixel wide.
         usable = max(planes.shape[1] - 1, 1)
         taps = []
         for index in (low + start, high + start):

@@ -75,7 +75,7 @@ def dynamic_mask_logits(
         first = torch.cat([weights[0][..., 2:], -weights[0][..., :2]], dim=-1)
         bias = biases[0] + (weights[0][..., :2] * origins[:, None]).sum(-1)
         hidden = torch.addmm(bias.reshape(-1, 1), first.flatten(0, 1), inputs)
-        hidden = hidden.view(kernels.shape[0], -1, height * width)
+        hidden = hidden.view(kernels.shape[0], weights[0].shape[1], height * width)
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             hidden = torch.baddbmm(bias[..., None], weight, hidden.relu())
         return aligned_upsample(hidden.view(-1, 1, height, width), 2)[:, 0]
@@ -94,6 +94,7 @@ def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
     Args:
         maps: (N, C, h, w). One more row and column is replicated at the lower right, the map is resized to
             `factor * h + 1` with aligned corners, then shifted by `factor // 2` and cropped.
+        factor: at least 1.
 
     Returns:
         (N, C, factor * h, factor * w).

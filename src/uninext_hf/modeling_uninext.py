@@ -17,6 +17,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -261,7 +262,7 @@ def position_code(mask: Tensor, features: int) -> Tensor:
 
 
 def box_code(boxes: Tensor, features: int) -> Tensor:
-    """Sine code of boxes: (..., 4) cx, cy, w, h -> (..., 4 * features) float32, in the order y, x, w, h (TR:612-646)."""
+    """Sine code of boxes: (..., 4) cx, cy, w, h -> (..., 4 * features) float32, ordered y, x, w, h (TR:612-646)."""
     x, y, width, height = (boxes.float() * (2 * math.pi)).unbind(-1)
     return torch.cat([_sine_code(part, features) for part in (y, x, width, height)], dim=-1)
 
@@ -283,7 +284,7 @@ class UninextMLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, num_layers: int):
         super().__init__()
         widths = [inputs, *[hidden] * (num_layers - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -335,7 +336,7 @@ def _freeze_batch_norms(module: nn.Module) -> None:
 
 
 class UninextPyramid(nn.Module):
-    """Three maps (strides 8, 16, 32) from the single stride-16 map of a plain vision transformer (`backbone/vit.py`)."""
+    """Three maps (strides 8, 16, 32) from one stride-16 map of a plain vision transformer (`backbone/vit.py`)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -376,8 +377,8 @@ class UninextImageEncoder(nn.Module):
         layers = getattr(getattr(self.backbone, "encoder", None), "stages", None)
         if stem is None or layers is None or stages > 1 + len(layers):
             raise ValueError(
-                f'"frozen_stages" must be 0 for a {type(self.backbone).__name__}, or at most the number of stages of a '
-                f"backbone that has a stem and a list of stages, got {stages}."
+                f'"frozen_stages" must be 0 for a {type(self.backbone).__name__}, or at most the number of stages of '
+                f"a backbone that has a stem and a list of stages, got {stages}."
             )
         for module in [stem, *layers][:stages]:
             module.requires_grad_(False)
@@ -395,7 +396,7 @@ class UninextImageEncoder(nn.Module):
 
 
 class UninextLevelProjections(nn.ModuleList):
-    """Backbone maps -> `num_feature_levels` maps of `d_model` channels; shared by pictures and templates (DETR:215-230).
+    """Backbone maps -> `num_feature_levels` maps of `d_model` channels, for pictures and templates (DETR:215-230).
 
     Levels beyond the backbone's maps come from convolutions of stride 2: the first from the *raw* last map, not from
     its projection, each next from the one before.
@@ -998,6 +999,7 @@ class UninextDecoder(UninextPreTrainedModel):
             valid_ratios: (P, levels, 2).
             levels: level sizes.
             attention_mask: additive (P or 1, 1, Q, Q), which queries may see which.
+            kwargs: what transformers models accept, such as `output_hidden_states`.
         """
         boxes, entering = [reference_boxes], reference_boxes
         states = []
@@ -1172,6 +1174,7 @@ class UninextModel(UninextPreTrainedModel):
         self.post_init()
 
     def initialize(self) -> None:
+        """Fill the parameters that the trunk itself owns."""
         init.normal_(self.level_embed)
         init.xavier_uniform_(self.query_embed)
 
@@ -1206,7 +1209,7 @@ class UninextModel(UninextPreTrainedModel):
             )
         masks, positions, ratios = [], [], []
         for index, (shape, level_embed) in enumerate(zip(shapes, self.level_embed, strict=True)):
-            # Official: the extra levels' masks are sampled from the stride-8 mask, not from the picture's (DN:136-137).
+            # Official: masks of extra levels are sampled from the stride-8 mask, not from the picture's (DN:136-137).
             source = pixel_mask if index < self.input_projections.num_maps else masks[0].float()
             mask = F.interpolate(source[:, None], size=shape)[:, 0] > 0.5
             masks.append(mask)
@@ -1257,8 +1260,8 @@ class UninextModel(UninextPreTrainedModel):
         if template_values is not None:
             if self.template_encoder is None:
                 raise ValueError(
-                    '"template_values" need a model with "use_template_encoder=True" (a video checkpoint); this one has '
-                    "no branch for reference pictures."
+                    '"template_values" need a model with "use_template_encoder=True" (a video checkpoint); this one '
+                    "has no branch for reference pictures."
                 )
             if template_mask is None:
                 template_mask = torch.ones_like(template_values[:, 0])
@@ -1304,6 +1307,7 @@ class UninextModel(UninextPreTrainedModel):
             image_index: (P,) the picture each prompt row looks at. `None`: one prompt per picture in order, or all
                 prompts on the only picture.
             proposal_indices: (P, Q) encoder positions to use as proposals instead of the best-scored ones.
+            kwargs: what transformers models accept, such as `output_hidden_states`.
 
         Raises:
             ValueError: not exactly one of pixels and features, or of prompt tensors and features, is given; or rows
@@ -1434,6 +1438,7 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
         self.post_init()
 
     def initialize(self) -> None:
+        """Rules about the heads that are plain layers."""
         for head in self.iou_heads:
             init.constant_(head.bias, _prior_logit(self.config.class_prior))
         _xavier(*self.mask_controller.layers)
@@ -1516,6 +1521,7 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
             proposal_indices: (P, Q) encoder positions to use as proposals instead of the best-scored ones.
             output_masks: also decode the masks of all queries. Post-processing does not need them: it decodes those
                 it keeps.
+            kwargs: what transformers models accept, such as `output_hidden_states`.
 
         Raises:
             ValueError: not exactly one of pixels and features, or of prompt tensors and features, is given.

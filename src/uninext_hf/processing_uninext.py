@@ -1,7 +1,7 @@
 """UninextProcessor: pictures and prompts -> network input; network output -> Instances.
 
-Sources: paper section 3.1 (prompts); official `data/dataset_mapper_uni.py` 36-73, 400-401, 446-450, 716-750 (captions,
-cleaning, token positions) and `uninext_img.py` 367-485 (results).
+Sources: paper section 3.1 (prompts); official `data/coco_dataset_mapper_uni.py` 36-73, 400-401, 446-450, 716-750
+(captions, cleaning, token positions) and `uninext_img.py` 367-485 (results).
 """
 
 import re
@@ -50,7 +50,7 @@ def clean_name(name: str) -> str:
     Everything from the first opening to the last closing round bracket goes, underscores become blanks, and doubled
     blanks are halved once, so a blank may remain at the end. A name of which nothing is left stays as it was.
 
-    Source: official `data/dataset_mapper_uni.py` 446-450.
+    Source: official `data/coco_dataset_mapper_uni.py` 446-450.
     """
     cleaned = re.sub(r"\(.*\)", "", name).replace("_", " ").replace("  ", " ")
     return cleaned if cleaned.strip() else name
@@ -59,7 +59,7 @@ def clean_name(name: str) -> str:
 def clean_expression(text: str) -> str:
     """An expression as the network reads it: lower case, without most punctuation, `-` and `/` as blanks.
 
-    One of which nothing is left stays as it was. Source: official `data/dataset_mapper_uni.py` 400-401.
+    One of which nothing is left stays as it was. Source: official `data/coco_dataset_mapper_uni.py` 400-401.
     """
     cleaned = text.lower().translate(_DELETED)
     return cleaned if cleaned.strip() else text

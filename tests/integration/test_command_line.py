@@ -1,6 +1,7 @@
 """The `uninext` command as a user meets it."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,10 @@ def perceive(*arguments: str | Path) -> int:
 
 def test_first_light_of_the_readme(tmp_path):
     """The perceive part of the README's first block, in a process of its own."""
-    lines = subprocess.run(
-        [sys.executable, ROOT / ".ci" / "readme_block.py", "first-light"], capture_output=True, text=True, check=True
-    ).stdout
-    command = lines.split("&&")[-1].split()
-    assert command[0].endswith("uninext")
-    import shlex
-
-    arguments = shlex.split(lines.split("&&")[-1])[1:]
+    reader = [sys.executable, ROOT / ".ci" / "readme_block.py", "ci:first-light"]
+    block = subprocess.run(reader, capture_output=True, text=True, check=True).stdout
+    program, *arguments = shlex.split(block.split("&&")[-1])
+    assert program.endswith("uninext")
     arguments[arguments.index("--out") + 1] = str(tmp_path)
     run = subprocess.run(
         [sys.executable, "-m", "uninext_hf", *arguments], capture_output=True, text=True, cwd=ROOT, check=False

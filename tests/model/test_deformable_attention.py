@@ -134,7 +134,7 @@ def test_registry(monkeypatch):
     assert op.choose_implementation("auto", "cpu") == "gather"
     assert op.choose_implementation("auto", "cuda") == "grid_sample"
     assert op.choose_implementation("grid_sample", "cpu") == "grid_sample"
-    with pytest.raises(ValueError, match="msda_implementation.*'fast'"):
+    with pytest.raises(ValueError, match=r"msda_implementation.*'fast'"):
         MultiScaleDeformableAttention("fast")
     monkeypatch.setattr(op, "_IMPLEMENTATIONS", dict(op._IMPLEMENTATIONS))
     monkeypatch.setattr(op, "_AUTOMATIC", dict(op._AUTOMATIC))

@@ -192,14 +192,29 @@ def full_size(reference, name: str) -> dict[str, float]:
 
 @torch.no_grad()
 def full_image_model(reference, name: str) -> dict[str, float]:
-    """The full-size image model; its selection is not recorded, so it runs free, and rows may swap with near ties."""
+    """The full-size image model. Its selection is not recorded, so near ties that swapped are found from the boxes.
+
+    A swap exchanges two neighbouring rows: both boxes are far off, and their proposals' scores are closer than float32
+    convolutions agree. At most 1 % of the ranks may have swapped; then everything after must agree.
+    """
     case = reference.case(name)
     model = reference.full(case.meta["manifest"])
     pixels, mask = reference.batch(case)
+    image = model.get_image_features(pixels, mask)
     prompt = model.get_prompt_features(**reference.text("coco"))
-    found = check_network(case, "", model, model.get_image_features(pixels, mask), prompt)
+    trunk = model.model(image_features=image, prompt_features=prompt)
+    indices = trunk.proposal_indices.clone()
+    scores = trunk.proposal_logits.gather(1, indices)[0]
+    boxes = trunk.intermediate_reference_boxes[:, -1]
+    far = (boxes - case.tensors["out.pred_boxes"]).abs().amax(-1)[0] > 1e-3
+    swapped = (far[:-1] & far[1:] & (scores[:-1] - scores[1:] < 1e-5)).nonzero().flatten().tolist()
+    assert 2 * len(swapped) == int(far.sum()) <= 0.01 * indices.numel()
+    for rank in swapped:
+        indices[0, [rank, rank + 1]] = indices[0, [rank + 1, rank]]
+    found = {"twostage.topk_index (share not in common)": 0.0, "swapped near ties": float(len(swapped))}
+    found |= check_network(case, "", model, image, prompt, proposal_indices=indices)
     for prefix, names, pictures, _, options in _final_runs(case):
-        found |= prefixed(prefix, _final(case, prefix, model, pictures, names, options))
+        found |= prefixed(prefix, _final(case, prefix, model, pictures, names, options, indices))
     return found
 
 

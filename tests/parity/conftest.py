@@ -87,7 +87,7 @@ class Reference:
 
     @classmethod
     def template(cls, case) -> dict[str, torch.Tensor]:
-        """Recorded crop of a tracking case as our tensors; its colours are recorded as a sample, so they are cut anew."""
+        """Crop of a tracking case as our tensors, cut anew from its first frame: only a sample of it is recorded."""
         from uninext_hf.image_processing_uninext import crop_template
 
         pixels = cls.pixels(case.tensors["input.frames"][0])[0]

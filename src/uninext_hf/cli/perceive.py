@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from . import model_source
     from ..task_uninext import get_task, infer_task
+    from . import model_source
 
     if options.threads is not None:
         if options.threads < 1:

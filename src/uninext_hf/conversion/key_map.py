@@ -9,12 +9,12 @@ Source: key names as released (MasterBin-IIAU/UNINEXT, commit 5ab0386); `model_s
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from ..configuration_uninext import UninextConfig
 
 
-class Reshape(str, Enum):
+class Reshape(StrEnum):
     """How one official tensor becomes ours."""
 
     SAME = "same"
@@ -114,7 +114,7 @@ def _convnext(config, official: str, ours: str) -> Iterator[Entry]:
     ours = f"{ours}backbone."
 
     def norm(theirs: str, name: str) -> Iterator[Entry]:
-        # Official norms are embeddings of one row, for the sake of its checkpoint tooling (backbone/convnext.py 36-41).
+        # Official norms are embeddings of one row, for its checkpoint tooling (backbone/convnext.py 36-41).
         for part in ("weight", "bias"):
             yield Entry(f"{official}{theirs}.{part}.weight", (f"{ours}{name}.{part}",), Reshape.SQUEEZE)
 

@@ -174,8 +174,8 @@ def _read_file(path: Path) -> object:
 def _unreadable(path: Path, error: Exception) -> ConversionError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConversionError(
-        f"{path.name!r} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is cut off, damaged, of another "
-        f"kind, or holds more than tensors ({reason[:160]})."
+        f"{path.name!r} ({path.stat().st_size} bytes) cannot be read as a checkpoint; it is cut off, damaged, of "
+        f"another kind, or holds more than tensors ({reason[:160]})."
     )
 
 
@@ -488,8 +488,8 @@ def _build(config: UninextConfig, ours: dict[str, Tensor], fresh: set[str]) -> U
 def to_official(model: UninextForUniversalPerception) -> dict[str, Tensor]:
     """Our weights under their official names, ready for `torch.save({"model": ...})`; the inverse of `load_official`.
 
-    Keys that we drop come back as `key_map.DROPPED` documents: second names share their tensor, the unused resizer is a
-    layer that outputs zero, the BoxInst counter is 0.
+    Keys that we drop come back as `key_map.DROPPED` documents: second names share their tensor, the unused resizer is
+    a layer that outputs zero, the BoxInst counter is 0.
 
     Raises:
         ValueError: the backbone or text encoder is not one of the official ones.

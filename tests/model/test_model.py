@@ -346,6 +346,7 @@ import sys, json, torch
 from transformers import AutoModel, AutoModelForZeroShotObjectDetection
 import uninext_hf
 folder = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))  # sums are split over threads: another number, another rounding
 io = torch.load(folder + "/io.pt")
 report = {}
 for auto in (AutoModel, AutoModelForZeroShotObjectDetection):
@@ -360,7 +361,8 @@ for auto in (AutoModel, AutoModelForZeroShotObjectDetection):
     report[type(model).__name__] = [equal, missing, sorted(info["mismatched_keys"])]
 print(json.dumps(report))
 """
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script, str(tmp_path), str(torch.get_num_threads())]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.strip().splitlines()[-1]) == {
         "UninextModel": [True, [], []],

@@ -1,32 +1,17 @@
 """From pictures and prompts to final instances against the official code's (origin: `tests/reference/README.md`)."""
 
-import numpy as np
 import pytest
 import torch
 
-from uninext_hf.box_ops_uninext import rle_to_mask
-from uninext_hf.instances_uninext import Instances
 from uninext_hf.processing_uninext import UninextProcessor
 from uninext_hf.prompt_uninext import Prompt
+
+from .checks import check_instances
 
 
 @pytest.fixture(scope="module")
 def processor():
     return UninextProcessor.for_model()
-
-
-def check_instances(case, prefix: str, found: Instances) -> None:
-    """Scores to 1e-5, boxes to 0.01 px, equal labels; masks (the first ones are recorded) but for 0.1 % of pixels."""
-    tensors = case.tensors
-    assert len(found) == len(tensors[f"{prefix}scores"])
-    assert (found.scores - tensors[f"{prefix}scores"]).abs().max() <= 1e-5
-    assert (found.boxes - tensors[f"{prefix}boxes"]).abs().max() <= 1e-2
-    assert torch.equal(found.labels, tensors[f"{prefix}labels"].long())
-    recorded = case.meta[f"{prefix}mask_rle"]
-    for mask, rle in zip(found.masks[: len(recorded)].numpy(), recorded, strict=True):
-        assert np.mean(mask != rle_to_mask(rle)) <= 1e-3
-    areas = found.masks.sum((1, 2)) - tensors[f"{prefix}mask_area"]
-    assert areas.abs().max() <= 1e-3 * found.masks[0].numel()
 
 
 @pytest.mark.parametrize("pad_to", [None, 256])

@@ -48,36 +48,21 @@ def deformable_attention_grid_sample(
     return output.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
 
-def _corners(x: Tensor, y: Tensor, weights: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (within the level) and weights of the four pixels around each point; (..., L, P) -> (..., L, P, 4).
+def _axis(points: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Lower and upper pixel around each point of one axis, each with its bilinear weight, pixels clamped to the level.
 
-    Pixels outside get weight 0 and a row inside, so nothing is ever read out of range. Not-a-number and infinite
-    points count as outside.
+    Args:
+        points: (...) relative coordinates. Not-a-number and infinite ones count as outside.
+        size: pixels of the level, broadcastable.
     """
     # Two pixels beyond the border every weight is 0 already, so the clamp changes no result, and it bounds the rows.
-    x = torch.minimum(torch.nan_to_num(x * widths - 0.5, nan=-2.0).clamp(min=-2.0), widths + 1)
-    y = torch.minimum(torch.nan_to_num(y * heights - 0.5, nan=-2.0).clamp(min=-2.0), heights + 1)
-    left, top = x.detach().floor(), y.detach().floor()
-    right_weight, bottom_weight = x - left, y - top
-    zero = weights.new_zeros(())
-
-    def axis(low: Tensor, high_weight: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        last = size - 1
-        low_inside = (low >= 0) & (low <= last)
-        high_inside = (low >= -1) & (low < last)
-        return (
-            (torch.minimum(low.clamp(min=0), last), torch.where(low_inside, 1 - high_weight, zero)),
-            (torch.minimum((low + 1).clamp(min=0), last), torch.where(high_inside, high_weight, zero)),
-        )
-
-    rows, blends = [], []
-    columns = axis(left, right_weight, widths)
-    for row, row_weight in axis(top, bottom_weight, heights):
-        start, share = row * widths, row_weight * weights
-        for column, column_weight in columns:
-            rows.append(start + column)
-            blends.append(share * column_weight)
-    return torch.stack(rows, dim=-1), torch.stack(blends, dim=-1)
+    points = torch.minimum(torch.nan_to_num(points * size - 0.5, nan=-2.0).clamp(min=-2.0), size + 1)
+    low, last = points.detach().floor(), size - 1
+    high, upper = low + 1, points - low
+    return (
+        (torch.minimum(low.clamp(min=0), last), torch.where((low >= 0) & (low <= last), 1 - upper, 0.0)),
+        (torch.minimum(high.clamp(min=0), last), torch.where((high >= 0) & (high <= last), upper, 0.0)),
+    )
 
 
 def deformable_attention_gather(
@@ -90,28 +75,45 @@ def deformable_attention_gather(
     `deformable_attention_grid_sample`.
     """
     batch, length, heads, dim = value.shape
-    queries = sampling_locations.shape[1]
+    queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
     compute = torch.float64 if value.dtype == torch.float64 else torch.float32
-    device = value.device
+    # Rows of the table are computed as floats, beside the coordinates; float32 counts to 2**24 exactly.
+    counting = compute if batch * length * heads < 2**24 else torch.float64
     table = value.to(compute).reshape(batch * length * heads, dim)
-    heights = torch.tensor([[float(height)] for height, _ in spatial_shapes], device=device, dtype=compute)
-    widths = torch.tensor([[float(width)] for _, width in spatial_shapes], device=device, dtype=compute)
+
+    def per_point(numbers: list[int]) -> Tensor:
+        # Constants in the layout of the points, (heads * levels * points,): broadcasting them would leave inner loops
+        # of a few elements.
+        column = torch.tensor(numbers, device=value.device, dtype=compute).view(1, levels, 1)
+        return column.expand(heads, levels, points).reshape(-1)
+
     starts, start = [], 0
     for height, width in spatial_shapes:
-        starts.append([[start]])
+        starts.append(start)
         start = start + height * width
-    # Float rows are exact up to 2**24 positions per level; beyond the level they are integers.
-    index_dtype = torch.int32 if batch * length * heads < 2**31 else torch.int64
-    offset = torch.tensor(starts, device=device, dtype=index_dtype)
-    head = torch.arange(heads, device=device, dtype=index_dtype).view(heads, 1, 1, 1)
-    picture = torch.arange(batch, device=device, dtype=index_dtype).view(batch, 1, 1, 1, 1, 1) * length
+    height = per_point([height for height, _ in spatial_shapes])
+    width = per_point([width for _, width in spatial_shapes])
+    head = torch.arange(heads, device=value.device, dtype=counting).view(heads, 1).expand(heads, levels * points)
+    picture = torch.arange(batch, device=value.device, dtype=counting).view(batch, 1, 1) * (length * heads)
+    origin = per_point(starts).to(counting) * heads + head.reshape(-1) + picture
 
     def run(locations: Tensor, weights: Tensor) -> Tensor:
-        x, y = locations.to(compute).unbind(-1)
-        rows, blends = _corners(x, y, weights.to(compute), heights, widths)
-        rows = (rows.to(index_dtype) + offset + picture) * heads + head
-        bags = rows.flatten(3).flatten(0, 2)
-        sums = F.embedding_bag(bags, table, per_sample_weights=blends.flatten(3).flatten(0, 2), mode="sum")
+        x, y = locations.to(compute).flatten(2, 4).unbind(-1)
+        weights = weights.to(compute).flatten(2)
+        columns = [(pixel * heads, blend) for pixel, blend in _axis(x, width)]
+        rows, blends = [], []
+        for pixel, blend in _axis(y, height):
+            row, share = origin + pixel.to(counting) * (width * heads), blend * weights
+            for column, column_blend in columns:
+                rows.append((row + column).unflatten(-1, (heads, -1)))
+                blends.append((share * column_blend).unflatten(-1, (heads, -1)))
+        bags = torch.stack(rows, dim=3).to(torch.int32 if batch * length * heads < 2**31 else torch.int64)
+        sums = F.embedding_bag(
+            bags.flatten(3).flatten(0, 2),
+            table,
+            per_sample_weights=torch.stack(blends, dim=3).flatten(3).flatten(0, 2),
+            mode="sum",
+        )
         return sums.view(batch, -1, heads * dim)
 
     if queries <= QUERY_CHUNK or torch.compiler.is_compiling():

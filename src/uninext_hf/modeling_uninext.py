@@ -37,6 +37,8 @@ from .configuration_uninext import UninextConfig
 from .deformable_attention_uninext import MultiScaleDeformableAttention, SpatialShapes
 from .mask_head_uninext import aligned_upsample, dynamic_mask_logits, num_kernel_values
 
+TOKEN_CHUNK = 1024
+"""Picture tokens per block of the feed-forward layers at inference."""
 LOGIT_BOUND = 50000.0
 """Class logits and fusion scores are clamped to this (DETR:35-68, `fuse_helper.py`); pooled rows hold its negative in
 the columns they do not use."""
@@ -715,7 +717,13 @@ class UninextFeedForward(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(self.fc1(x).relu(), self.dropout, self.training)
+        # Without gradient the hidden tensor of one chunk fits the cache, and the one of all tokens would not.
+        if x.shape[1] <= TOKEN_CHUNK or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run(x)
+        return torch.cat([self._run(chunk) for chunk in x.split(TOKEN_CHUNK, dim=1)], dim=1)
+
+    def _run(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.fc1(x).relu_(), self.dropout, self.training)
         return self.layer_norm(x + F.dropout(self.fc2(hidden), self.dropout, self.training))
 
 
@@ -1241,8 +1249,10 @@ class UninextModel(UninextPreTrainedModel):
         Args:
             input_ids: (P, L) text tokens.
             attention_mask: (P, L), 1 for real tokens; `None` for all.
-            template_values: (P, 4, S, S) normalised colours and rasterised target.
-            template_mask: (P, S, S), non-zero inside the picture; `None` for all.
+            template_values: (P, 4, S, S) normalised colours and rasterised target; (P, T, 4, S, S) for T references
+                to each target, whose tokens are joined along L.
+            template_mask: (P, S, S) or (P, T, S, S), non-zero inside the picture; `None` for all. References after
+                the first whose mask is all zero are no references: nothing attends to or pools them.
             pool_prompt: (P,) bool, score the row by its pooled prompt. `None`: template rows are, text rows are not.
 
         Raises:
@@ -1264,17 +1274,31 @@ class UninextModel(UninextPreTrainedModel):
                     "has no branch for reference pictures."
                 )
             if template_mask is None:
-                template_mask = torch.ones_like(template_values[:, 0])
+                template_mask = torch.ones_like(template_values[..., 0, :, :])
             template_mask = template_mask.bool()
-            hidden, valid = self.template_encoder(
-                template_values.to(self.dtype), template_mask, self.input_projections
-            )
-            template = UninextPromptFeatures(hidden, valid, torch.ones_like(valid), torch.ones_like(valid[:, 0]))
+            template = self._template_features(template_values, template_mask)
         if text is not None and template is not None:
             features = _choose_rows(template_mask.flatten(1).any(1), template, text)
         else:
             features = text if template is None else template
         return features if pool_prompt is None else features._replace(pool=pool_prompt.bool())
+
+    def _template_features(self, values: Tensor, mask: Tensor) -> UninextPromptFeatures:
+        """Crops (P, 4, S, S) or (P, T, 4, S, S) and their masks -> the tokens of each row's references, joined."""
+        if values.dim() == 4:
+            values, mask = values[:, None], mask[:, None]
+        hidden, valid = self.template_encoder(
+            values.flatten(0, 1).to(self.dtype), mask.flatten(0, 1), self.input_projections
+        )
+        rows, references = mask.shape[:2]
+        given = mask.flatten(2).any(2)
+        given = torch.cat([torch.ones_like(given[:, :1]), given[:, 1:]], dim=1)
+        return UninextPromptFeatures(
+            hidden=hidden.unflatten(0, (rows, references)).flatten(1, 2),
+            valid=valid.unflatten(0, (rows, references)).flatten(1, 2),
+            attend=given.repeat_interleave(hidden.shape[1], dim=1),
+            pool=torch.ones_like(given[:, 0]),
+        )
 
     @can_return_tuple
     def forward(
@@ -1299,8 +1323,8 @@ class UninextModel(UninextPreTrainedModel):
             pixel_mask: (B, H, W).
             input_ids: (P, L), see `get_prompt_features`.
             attention_mask: (P, L).
-            template_values: (P, 4, S, S).
-            template_mask: (P, S, S).
+            template_values: (P, 4, S, S) or (P, T, 4, S, S).
+            template_mask: (P, S, S) or (P, T, S, S).
             pool_prompt: (P,) bool.
             image_features: result of `get_image_features`, instead of pixels.
             prompt_features: result of `get_prompt_features`, instead of prompt tensors.
@@ -1511,8 +1535,8 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
             pixel_mask: (B, H, W).
             input_ids: (P, L), see `UninextModel.get_prompt_features`.
             attention_mask: (P, L).
-            template_values: (P, 4, S, S).
-            template_mask: (P, S, S).
+            template_values: (P, 4, S, S) or (P, T, 4, S, S).
+            template_mask: (P, S, S) or (P, T, S, S).
             pool_prompt: (P,) bool.
             image_features: result of `get_image_features`, instead of pixels.
             prompt_features: result of `get_prompt_features`, instead of prompt tensors.

@@ -241,7 +241,8 @@ class UninextProcessor(ProcessorMixin):
             "pixel_values" (B, 3, H, W) float32, "pixel_mask" (B, H, W) int64;
             "input_ids", "attention_mask" (P, L) int64, if there is text (reference rows hold one valid token);
             "template_values" (P, 4, S, S) float32, "template_mask" (P, S, S) bool, if there are references (text rows
-            hold zeros); "pool_prompt" (P,) bool, True for an expression or reference;
+            hold zeros; with several references for a target (P, T, 4, S, S) and (P, T, S, S), zeros where a row has
+            fewer); "pool_prompt" (P,) bool, True for an expression or reference;
             "image_index" (P,) int64, unless it would be 0, 1, ... B - 1; and "labels" with `annotations`, a list of P
             dictionaries with "boxes" (n, 4) as (cx, cy, w, h) relative to the un-padded input, "class_labels" (n,),
             "positive_map" (n, L) bool for names, "masks" (n, H, W) bool in the padded input.
@@ -412,15 +413,32 @@ class UninextProcessor(ProcessorMixin):
         self, prompts: Sequence[Prompt], rows: Sequence[PromptRow], image_kwargs: Mapping[str, object]
     ) -> dict[str, Tensor]:
         templates = {
-            index: self.image_processor.prepare_template(prompt.image, prompt.box, prompt.mask, **image_kwargs)
+            index: self._references(prompt, image_kwargs)
             for index, prompt in enumerate(prompts)
             if prompt.kind == PromptKind.TEMPLATE
         }
         if not templates:
             return {}
-        blank = {name: torch.zeros_like(value) for name, value in next(iter(templates.values())).items()}
-        chosen = [templates.get(row.prompt, blank) for row in rows]
-        return {name: torch.stack([template[name] for template in chosen]) for name in blank}
+        blank = {name: torch.zeros_like(value) for name, value in next(iter(templates.values()))[0].items()}
+        most = max(map(len, templates.values()))
+        data = {}
+        for name, empty in blank.items():
+            slots = [[one[name] for one in templates.get(row.prompt, [])] for row in rows]
+            stacked = torch.stack([torch.stack(found + [empty] * (most - len(found))) for found in slots])
+            data[name] = stacked if most > 1 else stacked[:, 0]
+        return data
+
+    def _references(self, prompt: Prompt, image_kwargs: Mapping[str, object]) -> list[dict[str, Tensor]]:
+        """The crop of each reference of a template."""
+        crops = []
+        for index, one in enumerate(prompt.references):
+            try:
+                crops.append(self.image_processor.prepare_template(one.image, one.box, one.mask, **image_kwargs))
+            except ValueError as error:
+                if not prompt.further:
+                    raise
+                raise ValueError(f'"references" holds an unusable value at position {index}: {error}') from error
+        return crops
 
     # Results
 

@@ -6,7 +6,7 @@ expressions and reference annotations.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Prompt:
             floats. May reach over the border. PIL pictures are measured as displayed, EXIF orientation applied.
         mask: the target in `image`, (H, W) or (1, H, W) in its size, non-zero = target (array, tensor or PIL image of
             whole numbers, 0 or more); stored as a bool tensor (H, W) on the CPU.
+        further: more references to the same target, templates of one reference each; made by `Prompt.templates`.
 
     Raises:
         ValueError: anything above does not hold; the message begins with the name of the argument.
@@ -49,6 +50,7 @@ class Prompt:
     image: Picture | None = field(default=None, repr=False)
     box: tuple[float, float, float, float] | None = None
     mask: Tensor | None = field(default=None, repr=False)
+    further: tuple["Prompt", ...] = field(default=(), repr=False)
 
     @classmethod
     def categories(cls, names: Sequence[str]) -> "Prompt":
@@ -105,12 +107,46 @@ class Prompt:
         return cls(PromptKind.TEMPLATE, (name,), image, box, mask)
 
     @classmethod
+    def templates(cls, references: Sequence["Prompt | Mapping[str, object]"], name: str | None = None) -> "Prompt":
+        """The one object shown by several references, for example at other times or from other sides.
+
+        Their tokens stand one after the other in the prompt, so all of them have a say in every picture.
+
+        Args:
+            references: one or more templates, or dicts that make one; each picture with its own box or mask.
+            name: what to call the object in the results; `None` for the name of the first reference.
+
+        Returns:
+            One prompt.
+
+        Raises:
+            ValueError: there are no references, or one is not a template; the message says which one.
+        """
+        if not isinstance(references, list | tuple) or not references:
+            raise ValueError(f'"references" must be a list of one or more templates, got {_shown(references)}.')
+        found = []
+        for index, reference in enumerate(references):
+            try:
+                prompt = cls.from_value(reference)
+            except ValueError as error:
+                raise ValueError(f'"references" holds an unusable value at position {index}: {error}') from error
+            if prompt.kind != PromptKind.TEMPLATE:
+                raise ValueError(
+                    f'"references" must hold templates only, got a prompt of kind {prompt.kind} at position {index}.'
+                )
+            found.extend(prompt.references)
+        first, *further = found
+        phrases = first.phrases if name is None else (name,)
+        return cls(PromptKind.TEMPLATE, phrases, first.image, first.box, first.mask, tuple(further))
+
+    @classmethod
     def from_value(cls, value: object) -> "Prompt":
         """The prompt meant by a plain value.
 
         Args:
             value: a `Prompt` (returned as it is); str -> expression; list or tuple of str -> categories; dict with
-                "image", "box" or "mask", and optionally "name" -> template.
+                "image", "box" or "mask", and optionally "name" -> template; dict with "references", a list of these,
+                and optionally "name" -> template of several references.
 
         Returns:
             The prompt.
@@ -123,6 +159,8 @@ class Prompt:
             return value
         if isinstance(value, str):
             return cls.expression(value)
+        if isinstance(value, Mapping) and "references" in value and set(value) <= {"references", "name"}:
+            return cls.templates(**value)
         if isinstance(value, Mapping):
             unknown = sorted(str(key) for key in value if key not in ("image", "box", "mask", "name"))
             if unknown or "image" not in value:
@@ -148,8 +186,8 @@ class Prompt:
         set_field(self, "kind", kind)
         set_field(self, "phrases", _checked_phrases(kind, self.phrases))
         if kind != PromptKind.TEMPLATE:
-            for name in ("image", "box", "mask"):
-                if getattr(self, name) is not None:
+            for name in ("image", "box", "mask", "further"):
+                if getattr(self, name) not in (None, ()):
                     raise ValueError(f'"{name}" must be None for a prompt of kind {kind}; use Prompt.template for it.')
             return
         if isinstance(self.image, os.PathLike):
@@ -164,6 +202,16 @@ class Prompt:
             set_field(self, "mask", _checked_mask(self.mask))
         if size is not None:
             self.check_image_size(*size)
+        set_field(self, "further", tuple(self.further))
+        if not all(getattr(one, "kind", None) == kind and not one.further for one in self.further):
+            raise ValueError(f'"further" must hold templates of one reference each, got {_shown(self.further)}.')
+
+    @property
+    def references(self) -> tuple["Prompt", ...]:
+        """The references of a template, one prompt each; of another prompt, nothing."""
+        if self.kind != PromptKind.TEMPLATE:
+            return ()
+        return (replace(self, further=()), *self.further)
 
     def check_image_size(self, height: int, width: int) -> None:
         """Check box or mask against the size of the reference picture; to be called once a path or URL is loaded.
@@ -196,7 +244,8 @@ class Prompt:
         """
         if self.kind == PromptKind.TEMPLATE:
             where = f"mask of {int(self.mask.sum())} pixels" if self.box is None else f"box {_format_box(self.box)}"
-            return f"{self.kind}: {self.phrases[0]}, {where}"
+            more = f" and {len(self.further)} more references" if self.further else ""
+            return f"{self.kind}: {self.phrases[0]}, {where}{more}"
         words = ", ".join(self.phrases[:5])
         words = words if len(words) <= 80 else words[:79] + "…"
         more = len(self.phrases) - 5
@@ -208,7 +257,7 @@ class Prompt:
             return NotImplemented
         if self._key() != other._key() or (self.mask is None) != (other.mask is None):
             return False
-        return self.mask is None or torch.equal(self.mask, other.mask)
+        return (self.mask is None or torch.equal(self.mask, other.mask)) and self.further == other.further
 
     def __hash__(self) -> int:
         """Hash that agrees with equality."""

@@ -66,36 +66,6 @@ def run(candidate: str, model, inputs: dict):
         return model(**inputs)
 
 
-def stages(model) -> dict:
-    """Modules whose time is shown on its own."""
-    if not hasattr(model, "alignment_heads"):
-        return {}
-    trunk = model.model
-    return {
-        "backbone": trunk.image_encoder,
-        "projections": trunk.input_projections,
-        "text": trunk.text_encoder,
-        "fusion": trunk.fusion,
-        "encoder": trunk.encoder,
-        "proposals": trunk.proposals,
-        "decoder": trunk.decoder,
-        "masks": model.mask_branch,
-        "embeddings": model.reid_head,
-    }
-
-
-def watch(model) -> dict[str, list[float]]:
-    """CPU seconds per stage, filled by hooks at every forward pass."""
-    seconds: dict[str, list[float]] = {}
-    for name, module in stages(model).items():
-        begun: list[float] = []
-        module.register_forward_pre_hook(lambda *_, begun=begun: begun.append(time.process_time()))
-        module.register_forward_hook(
-            lambda *_, begun=begun, name=name: seconds.setdefault(name, []).append(time.process_time() - begun.pop())
-        )
-    return seconds
-
-
 def native_bf16() -> bool:
     """Whether this processor multiplies bfloat16; without, torch's convolutions take a hundred times as long."""
     import torch
@@ -108,18 +78,17 @@ def measure_times(sizes, tokens, rounds: int, threads: int, candidates: tuple[st
     import torch
     from tqdm.auto import tqdm
 
+    from uninext_hf.cli.bench import StageTimes
+
     torch.set_num_threads(threads)
     models = {candidate: build(candidate) for candidate in candidates}
-    watched = {candidate: watch(model) for candidate, model in models.items()}
+    watched = {name: StageTimes(model).cpu for name, model in models.items() if name != "grounding_dino"}
     rows = []
     for size in sizes:
         for count in tokens:
             inputs, seconds = inputs_of(size, count), {candidate: [] for candidate in candidates}
             for round_number in tqdm(range(rounds + 1), desc=f"{size[0]}x{size[1]}, {count} tokens", unit="round"):
                 for candidate, model in models.items():
-                    for values in watched[candidate].values():
-                        if round_number == 0:
-                            values.clear()
                     start = time.process_time()
                     run(candidate, model, inputs)
                     if round_number:  # the first one warms up
@@ -133,13 +102,13 @@ def measure_times(sizes, tokens, rounds: int, threads: int, candidates: tuple[st
                         "tokens": count,
                         "seconds_median": statistics.median(values),
                         "seconds_min": min(values),
+                        # The first round warmed up.
                         "stages": {
-                            name: statistics.median(times[1:]) for name, times in watched[candidate].items() if times
+                            name: statistics.median(times[1:]) for name, times in watched.get(candidate, {}).items()
                         },
                     }
                 )
-                for times in watched[candidate].values():
-                    times.clear()
+                watched.get(candidate, {}).clear()
     return rows
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "tasks": "print the table of tasks",
     "convert": "turn an official checkpoint into a folder that from_pretrained reads",
     "verify": "check an official checkpoint key by key, writing nothing",
+    "bench": "time and memory per stage on this machine",
 }
 
 

@@ -173,6 +173,13 @@ def machine(threads: int) -> dict:
     }
 
 
+def write(target: Path, result: dict) -> None:
+    """The result file, complete or not at all."""
+    temporary = target.with_name(f".{target.name}")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(target)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,10 +205,7 @@ def main() -> None:
     for name, value in result["ratios"].items():
         print(f"{name:60s} {value:.3f}")
     if options.json:
-        target = Path(options.json)
-        temporary = target.with_name(f".{target.name}")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(target)
+        write(Path(options.json), result)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,11 @@ def available_implementations() -> tuple[str, ...]:
     return tuple(_IMPLEMENTATIONS)
 
 
+def implementation(name: str) -> Implementation:
+    """The function behind a name from `available_implementations`."""
+    return _IMPLEMENTATIONS[choose_implementation(name, "cpu")]
+
+
 def choose_implementation(name: str, device_type: str) -> str:
     """Name of the implementation that runs for a configured name on a device type.
 
@@ -204,5 +209,6 @@ __all__ = [
     "choose_implementation",
     "deformable_attention_gather",
     "deformable_attention_grid_sample",
+    "implementation",
     "register_implementation",
 ]

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -128,7 +127,9 @@ def child(candidate: str, height: str, width: str, tokens: str, threads: str) ->
 
     torch.set_num_threads(int(threads))
     run(candidate, build(candidate), inputs_of((int(height), int(width)), int(tokens)))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage: its maximum is carried over from the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 def ratios_of(rows: list[dict]) -> dict[str, float]:

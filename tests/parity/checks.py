@@ -85,8 +85,8 @@ def check_network(
     differences = {}
     for name, value in found.items():
         if prefix + name in recorded:
-            # A pixel at the threshold may fall on either side: fractions may differ by a few pixels.
-            tolerances = {"atol": 2e-3} if name.endswith("positive_fraction") else {}
+            # The share of pixels above zero is a mask: up to 0.1 % of them may fall on the other side.
+            tolerances = {"atol": 1e-3} if name.endswith("positive_fraction") else {}
             differences[name] = agree(case, prefix + name, value, **tolerances)
     if part == "all":
         selected = case.tensors.get(f"{prefix}twostage.topk_index")

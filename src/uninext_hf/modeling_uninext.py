@@ -1525,6 +1525,7 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
         prompt_features: UninextPromptFeatures | None = None,
         image_index: Tensor | None = None,
         proposal_indices: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
         output_masks: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UninextOutput:
@@ -1543,13 +1544,18 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
             image_index: (P,) the picture each prompt row looks at. `None`: one prompt per picture in order, or all
                 prompts on the only picture.
             proposal_indices: (P, Q) encoder positions to use as proposals instead of the best-scored ones.
+            labels: must be `None`; losses are not part of this version.
             output_masks: also decode the masks of all queries. Post-processing does not need them: it decodes those
                 it keeps.
             kwargs: what transformers models accept, such as `output_hidden_states`.
 
         Raises:
-            ValueError: not exactly one of pixels and features, or of prompt tensors and features, is given.
+            ValueError: not exactly one of pixels and features, or of prompt tensors and features, is given; or
+                labels are.
         """
+        if labels is not None:
+            # Ignoring them would let a training script run and learn nothing.
+            raise ValueError('"labels" must be None, as losses are not part of this version, got labels.')
         prompt = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -201,6 +201,8 @@ def test_exactly_one_of_each_pair(tiny, pictures, text):
         tiny(pictures)
     with pytest.raises(ValueError, match=r'"image_index" must be given'):
         tiny(pictures, input_ids=text["input_ids"][[0, 0, 1]])
+    with pytest.raises(ValueError, match='"labels" must be None'):
+        tiny(pictures, **text, labels=[{}, {}])
     with pytest.raises(ValueError, match=r'"image_index" must have shape'):
         tiny(pictures, **text, image_index=torch.tensor([0]))
 

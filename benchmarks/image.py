@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((480, 640), (800, 1333))
 TOKENS = (16, 194)
 CANDIDATES = ("grounding_dino", "fp32", "bf16")

@@ -11,9 +11,9 @@ from image import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = """# Benchmarks
 
-Written by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit. Every ratio is a quotient of two
-medians of the same run; seconds are CPU seconds and belong to the machine named below them, so compare ratios only.
-Random weights: speed does not depend on them.
+Written by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit. Every ratio is a quotient of
+two medians of the same run; seconds are CPU seconds and belong to the machine named below them, so compare ratios
+only. Random weights: speed does not depend on them.
 """
 
 

@@ -29,11 +29,13 @@ LAYERS = {
     "modeling": 3,
     "processing": 3,
     "tracking": 3,
+    "prompt_cache": 3,
     "video": 4,
+    "explanation": 4,
     "pipeline": 5,
 }
 SAME_LAYER = {("loss", "matching"), ("loss", "mask_head")}
-NOT_IN_MODELING = {"prompt", "instances", "processing", "tracking", "video"}
+NOT_IN_MODELING = {"prompt", "instances", "processing", "tracking", "prompt_cache", "video", "explanation"}
 ONLY_IN_TRACKING = {"instances", "box_ops"}
 THIRD_PARTY = {"torch", "torchvision", "numpy", "PIL", "huggingface_hub", "transformers"}
 ANY = "*"

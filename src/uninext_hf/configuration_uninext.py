@@ -108,6 +108,7 @@ class UninextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     msda_implementation: str = "auto"
     tie_word_embeddings: bool = False
+    is_encoder_decoder: bool = True
 
     def validate_architecture(self):
         """Refuse sizes that cannot be built, naming the field, the rule and the value."""

@@ -160,8 +160,8 @@ class UninextModelOutput(ModelOutput):
         encoder_last_hidden_state: (P, S, d_model) picture tokens after the encoder ("memory").
         fused_image_tokens: (P, S, d_model) picture tokens after the early fusion, before the encoder.
         fused_prompt_tokens: (P, L, text width) prompt tokens after the early fusion.
-        prompt_valid: (P, L) bool, tokens that are pooled.
-        pool_prompt: (P,) bool.
+        prompt_valid: (P, L) int64, 1 for tokens that are pooled.
+        pool_prompt: (P,) int64, 1 for rows scored by their pooled prompt.
         proposal_logits: (P, S) score of every encoder position.
         proposal_indices: (P, Q) encoder positions that became queries.
         input_sizes: (P, 2) un-padded height and width of the network input, pixels.
@@ -360,8 +360,11 @@ class UninextImageEncoder(nn.Module):
 
     def __init__(self, config: UninextConfig, num_channels: int = 3, frozen_stages: int = 0):
         super().__init__()
-        backbone_config = copy.deepcopy(config.backbone_config)
-        backbone_config.num_channels = num_channels
+        backbone_config = config.backbone_config
+        if num_channels != 3:
+            # The picture branch shares its configuration with the model, this one differs from it.
+            backbone_config = copy.deepcopy(backbone_config)
+            backbone_config.num_channels = num_channels
         self.backbone = load_backbone(backbone_config)
         _freeze_batch_norms(self.backbone)
         channels = list(self.backbone.channels)
@@ -795,6 +798,7 @@ class UninextPreTrainedModel(PreTrainedModel):
     config: UninextConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
+    prompt_features_class = UninextPromptFeatures
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["UninextImageEncoder", "UninextEncoderLayer", "UninextDecoderLayer", "UninextEarlyFusion"]
@@ -1159,7 +1163,7 @@ class UninextLabelProjection(nn.Module):
 
 
 def pool_prompt_tokens(hidden: Tensor, valid: Tensor) -> Tensor:
-    """Mean over valid tokens, [CLS] and [SEP] included: (P, L, width), (P, L) bool -> (P, width)."""
+    """Mean over valid tokens, [CLS] and [SEP] included: (P, L, width), (P, L) of 0 and 1 -> (P, width)."""
     weights = valid.to(hidden.dtype)[..., None]
     return (hidden * weights).sum(1) / weights.sum(1)
 
@@ -1368,8 +1372,8 @@ class UninextModel(UninextPreTrainedModel):
             encoder_last_hidden_state=memory,
             fused_image_tokens=visual,
             fused_prompt_tokens=prompt,
-            prompt_valid=prompt_features.valid,
-            pool_prompt=prompt_features.pool,
+            prompt_valid=prompt_features.valid.long(),
+            pool_prompt=prompt_features.pool.long(),
             proposal_logits=proposal_logits,
             proposal_indices=indices,
             input_sizes=image.input_sizes,
@@ -1498,7 +1502,7 @@ class UninextForUniversalPerception(UninextPreTrainedModel):
         Pooled rows are scored by the mean of their fused prompt, in column 0. Pooling comes before the head, not
         after: the head normalises its prompt input, so the order changes the numbers.
         """
-        prompt, pool = trunk.fused_prompt_tokens, trunk.pool_prompt[:, None, None]
+        prompt, pool = trunk.fused_prompt_tokens, trunk.pool_prompt.bool()[:, None, None]
         pooled = pool_prompt_tokens(prompt, trunk.prompt_valid)
         first = torch.where(pool, pooled[:, None], prompt[:, :1])
         logits = self.alignment_heads[layer](queries, torch.cat([first, prompt[:, 1:]], dim=1))

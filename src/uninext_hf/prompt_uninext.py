@@ -165,8 +165,8 @@ class Prompt:
             unknown = sorted(str(key) for key in value if key not in ("image", "box", "mask", "name"))
             if unknown or "image" not in value:
                 raise ValueError(
-                    '"prompt" given as a dict must have "image" and "box" or "mask", optionally "name", '
-                    f"got the keys {', '.join(map(str, value)) or 'none'}."
+                    '"prompt" given as a dict must have "image" and "box" or "mask" (or "references", a list of such '
+                    f'dicts), optionally "name", got the keys {", ".join(map(str, value)) or "none"}.'
                 )
             return cls.template(**value)
         if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
@@ -186,9 +186,11 @@ class Prompt:
         set_field(self, "kind", kind)
         set_field(self, "phrases", _checked_phrases(kind, self.phrases))
         if kind != PromptKind.TEMPLATE:
-            for name in ("image", "box", "mask", "further"):
-                if getattr(self, name) not in (None, ()):
+            for name in ("image", "box", "mask"):
+                if getattr(self, name) is not None:
                     raise ValueError(f'"{name}" must be None for a prompt of kind {kind}; use Prompt.template for it.')
+            if self.further:
+                raise ValueError(f'"further" must be empty for a prompt of kind {kind}; use Prompt.templates for it.')
             return
         if isinstance(self.image, os.PathLike):
             set_field(self, "image", os.fspath(self.image))

@@ -281,3 +281,45 @@ def test_describe(prompt, expected):
 
 def test_repr_does_not_print_the_picture():
     assert len(repr(Prompt.template(PICTURE, mask=MASK))) < 150
+
+
+class TestReferences:
+    FIRST = Prompt.template(np.zeros((9, 9, 3), np.uint8), box=(0, 0, 5, 5), name="the dog")
+    SECOND = {"image": np.zeros((4, 4, 3), np.uint8), "mask": np.ones((4, 4), np.uint8)}
+
+    def test_one_prompt_of_several(self):
+        prompt = Prompt.templates([self.FIRST, self.SECOND])
+        assert prompt.kind == "template"
+        assert prompt.phrases == ("the dog",)
+        assert [one.box for one in prompt.references] == [(0, 0, 5, 5), None]
+        assert [len(one.references) for one in prompt.references] == [1, 1]
+        assert prompt.references[0] == self.FIRST
+        assert prompt.describe() == "template: the dog, box (0, 0, 5, 5) and 1 more references"
+        assert Prompt.from_value({"references": [self.FIRST, self.SECOND], "name": "rex"}).phrases == ("rex",)
+        assert Prompt.templates([prompt, self.FIRST]).references[1:] == (*prompt.further, self.FIRST)
+        assert Prompt.templates([self.FIRST]) == self.FIRST
+        assert Prompt.expression("a dog").references == ()
+
+    def test_equality(self):
+        one, other = Prompt.templates([self.FIRST, self.SECOND]), Prompt.templates([self.FIRST, self.FIRST])
+        assert one == Prompt.templates([self.FIRST, self.SECOND])
+        assert hash(one) == hash(Prompt.templates([self.FIRST, self.SECOND]))
+        assert one != other
+        assert one != self.FIRST
+
+    @pytest.mark.parametrize(
+        ("value", "fragment"),
+        [
+            ([], '"references" must be a list of one or more templates, got'),
+            (FIRST, '"references" must be a list of one or more templates, got'),
+            ([FIRST, "a dog"], '"references" must hold templates only, got a prompt of kind expression at position 1'),
+            (
+                [FIRST, {"image": 3, "box": (0, 0, 1, 1)}],
+                '"references" holds an unusable value at position 1: "image"',
+            ),
+        ],
+    )
+    def test_errors(self, value, fragment):
+        with pytest.raises(ValueError, match="references") as error:
+            Prompt.templates(value)
+        assert fragment in str(error.value)

@@ -52,7 +52,7 @@ def test_features_are_those_of_each_reference_joined(tiny, processor, count):
 
 
 def test_rows_with_fewer_references_see_only_their_own(tiny, processor):
-    prompts = [ONES[2], Prompt.templates(ONES[:2]), "a bird", Prompt.templates(ONES)]
+    prompts = [ONES[2], Prompt.templates(ONES[:2]), Prompt.expression("a bird"), Prompt.templates(ONES)]
     batch = processor(images=[PICTURE], prompts=prompts, **SMALL)
     found = features(tiny, batch)
     assert found.attend.sum(1).tolist() == [1024, 2048, 4, 3072]

@@ -223,3 +223,17 @@ def test_picture_with_fewer_positions_than_queries(tiny, text):
     outputs = tiny(torch.randn(2, 3, 9, 17), **text, output_masks=True)
     assert outputs.logits.shape[1] == outputs.proposal_indices.shape[1] == 2 * 3 + 1 * 2 + 1 + 1
     assert outputs.pred_masks.shape[-2:] == (4, 6)
+
+
+@torch.no_grad()
+def test_mask_of_the_extra_level_is_sampled_from_the_stride_8_mask(tiny):
+    """As official; for this size, sampling the picture's mask would give another row."""
+    pixel_mask = torch.zeros(1, 65, 64)
+    pixel_mask[:, :29] = 1
+    image = tiny.get_image_features(torch.randn(1, 3, 65, 64), pixel_mask)
+    sizes = [height * width for height, width in image.spatial_shapes]
+    masks = [part.view(shape) for part, shape in zip(image.mask[0].split(sizes), image.spatial_shapes, strict=True)]
+    fine = torch.nn.functional.interpolate(masks[0][None, None].float(), size=masks[3].shape)[0, 0]
+    picture = torch.nn.functional.interpolate(pixel_mask[None], size=masks[3].shape)[0, 0]
+    assert torch.equal(masks[3], fine.bool())
+    assert not torch.equal(fine, picture)

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
     source, folder = Path(options.checkpoint), Path(options.folder)
     with new_folder(folder, options.overwrite) as target:
-        report = verify_official(source)
+        report = verify_official(source, as_video=options.video)
         model = load_official(source, as_video=options.video)
         print(f"writing {folder}", file=sys.stderr)
         model.save_pretrained(target)

@@ -8,6 +8,7 @@ import copy
 import math
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,11 @@ def _read_file(path: Path) -> object:
         # Mapped from disk: a tensor that is dropped is never read. Only zip archives can be mapped.
         with path.open("rb") as file:
             mappable = file.read(2) == b"PK"
+        if mappable:
+            with zipfile.ZipFile(path) as archive:  # torch reads tensors without looking at their checksums
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable or None)
     except (
         SafetensorError,
@@ -413,10 +419,10 @@ def _with_zero_channel(weight: Tensor) -> Tensor:
 
 
 def verify_official(
-    path_or_state_dict: str | os.PathLike | Mapping, config: UninextConfig | None = None
+    path_or_state_dict: str | os.PathLike | Mapping, config: UninextConfig | None = None, as_video: bool = False
 ) -> ConversionReport:
     """Check an official checkpoint key by key without building the model; see `load_official` for the arguments."""
-    state = read_checkpoint(path_or_state_dict)
+    state = _prepared(read_checkpoint(path_or_state_dict), as_video)
     return _convert(state, infer_config(state) if config is None else config)[1]
 
 
@@ -442,10 +448,7 @@ def load_official(
         FileNotFoundError: there is no such file.
         ConversionError: the file does not fit; the sentence names the first keys.
     """
-    state = read_checkpoint(path_or_state_dict)
-    has_template = any(key.startswith(TEMPLATE_BACKBONE[0]) for key in state)
-    if as_video and not has_template:
-        state = _image_to_video(state)
+    state = _prepared(read_checkpoint(path_or_state_dict), as_video)
     if config is None:
         config = infer_config(state)
     ours, report = _convert(state, config)
@@ -456,9 +459,15 @@ def load_official(
     return _build(config, ours, set(report.fresh))
 
 
+def _prepared(state: dict[str, Tensor], as_video: bool) -> dict[str, Tensor]:
+    has_template = any(key.startswith(TEMPLATE_BACKBONE[0]) for key in state)
+    return _image_to_video(state) if as_video and not has_template else state
+
+
 def _image_to_video(state: dict[str, Tensor]) -> dict[str, Tensor]:
     source, target = IMAGE_BACKBONE[0], TEMPLATE_BACKBONE[0]
-    copies = {target + key[len(source) :]: tensor for key, tensor in state.items() if key.startswith(source)}
+    # Copies, not second names: both backbones are trained, and a saved file must not take them for tied.
+    copies = {target + key[len(source) :]: tensor.clone() for key, tensor in state.items() if key.startswith(source)}
     return {**state, **copies}
 
 

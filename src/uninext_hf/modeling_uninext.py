@@ -192,6 +192,8 @@ class UninextOutput(ModelOutput):
     """Raw predictions, P prompt rows (P = number of pictures unless `image_index` was given).
 
     Args:
+        loss: `None`, as losses are not part of this version.
+        loss_dict: `None` likewise.
         logits: (P, Q, L) class scores before sigmoid, one per prompt token; pooled rows use column 0 and hold -50000
             elsewhere. Columns of padding tokens hold no information.
         pred_boxes: (P, Q, 4) cx, cy, w, h relative to the un-padded input.
@@ -209,6 +211,8 @@ class UninextOutput(ModelOutput):
         encoder_attentions, decoder_attentions, cross_attentions: per layer, with `output_attentions=True`.
     """
 
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
     pred_ious: Tensor | None = None
